@@ -1,0 +1,352 @@
+"""The base class of all drivers: what a device does with memory that processes lend it.
+
+Derive from `Driver` and write allocate, free, copy_in and copy_out (devices/memory.py declares
+them); `memory` lets the device compute on its pages. Everything else is here: the device's page
+table, faults from the device, eviction, and bringing pages back when a CPU touches them.
+devices/numpy_device.py is the shortest example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices.memory import DeviceMemory, Direction, Moved
+from hmm.device_pgtable import DevicePageTable
+from mm.array import ProcessArray
+from mm.errors import BusError, InvalidArgument, KernelBug, OutOfMemory, SegmentationFault
+from mm.highmem import copy_highpages, memcpy_from_pages, memcpy_to_pages
+from mm.memory import handle_mm_fault
+from mm.mmap import find_vma
+from mm.pgtable import (
+    PMD_SHIFT,
+    PMD_SIZE,
+    pte_offset,
+    pte_pfn,
+    pte_present,
+    pte_special,
+    pte_write,
+)
+from mm.process import Process
+from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
+from mm.trace import TracePoint
+from mm.types import MmStruct, Vma, VmFault
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
+from mm.uaccess import access_error, page_range
+
+gpu_fault: Final = TracePoint("gpu_fault")
+
+MAX_ROUNDS: Final = 1000  # of faults that leave a page out of reach, before we call it a lockup
+
+
+class Driver(DeviceMemory):
+    """A device that computes on memory of processes.
+
+    machine: where it is plugged in. memory: its size. chunk: what it evicts at a time, 64 KiB to
+    2 MiB. neighbours: how much memory around a page to bring back when a CPU touches the page.
+    """
+
+    memory: Payload | None = None  # contents of the device's pages, uint8[npages, 4096]
+
+    def read(self, process: Process, addr: int, nbytes: int) -> bytes:
+        """Load *nbytes* at *addr* from the device's side; pages that it lacks migrate here.
+
+        Raises SegmentationFault, BusError, OutOfMemory.
+        """
+        out = np.empty(nbytes, dtype=np.uint8)
+
+        def load(memory: Payload, begin: int, rows: Pfns) -> None:
+            last = begin + (rows.size << PAGE_SHIFT) - begin % PAGE_SIZE
+            memcpy_from_pages(out[begin - addr : last - addr], memory, rows, begin % PAGE_SIZE)
+
+        self._stream(process.mm, addr, nbytes, load, write=False)
+        return out.tobytes()
+
+    def write(self, process: Process, addr: int, data: Any) -> None:
+        """Store *data* at *addr* from the device's side. Raises as read()."""
+        raw = np.frombuffer(data, dtype=np.uint8)
+
+        def store(memory: Payload, begin: int, rows: Pfns) -> None:
+            last = begin + (rows.size << PAGE_SHIFT) - begin % PAGE_SIZE
+            memcpy_to_pages(memory, rows, begin % PAGE_SIZE, raw[begin - addr : last - addr])
+
+        self._stream(process.mm, addr, raw.size, store, write=True)
+
+    def resident(self, process: Process, addrs: Addresses, write: Mask) -> Mask:
+        """True for *addrs* that the device reaches without a fault, to store where *write*."""
+        with process.mm.page_table_lock:
+            return _reachable(self.table_of(process.mm).lookup(addrs), write)
+
+    def exchange(
+        self, process: Process, addrs: Addresses, words: NDArray[np.uint64], write: Mask
+    ) -> NDArray[np.uint64]:
+        """Load the 64-bit word at each of *addrs*, then store words[i] there where write[i].
+
+        The addresses are distinct multiples of 8. The pages that the device lacks are one batch
+        of faults; where they are more than it has memory, what fits is served and used first.
+        Returns what was loaded. Raises SegmentationFault, BusError, OutOfMemory.
+        """
+        mm = process.mm
+        table = self.table_of(mm)
+        loaded = np.zeros(addrs.size, dtype=np.uint64)
+        rest, rounds = np.arange(addrs.size), 0
+        while rest.size:
+            with mm.page_table_lock:
+                ptes = table.lookup(addrs[rest])
+                ready = _reachable(ptes, write[rest])
+                now = rest[ready]
+                if now.size:
+                    self._swap_words(pte_pfn(ptes[ready]), addrs, words, write, now, loaded)
+            rounds = 0 if now.size else rounds + 1
+            rest = rest[~ready]
+            if rest.size:
+                self._check_progress(rounds, addrs[rest])
+                frames, which = np.unique(addrs[rest] & ~(PAGE_SIZE - 1), return_inverse=True)
+                stores = np.zeros(frames.size, dtype=np.bool_)
+                np.logical_or.at(stores, which, write[rest])
+                self.fault(process, frames, stores)
+        return loaded
+
+    def run(
+        self,
+        kernel: Callable[..., Any],
+        *arrays: ProcessArray,
+        out: ProcessArray | None = None,
+    ) -> None:
+        """Run *kernel* on *arrays*, in device memory, through the device's page table.
+
+        It gets an array of the device's kind for each of *arrays*, which it may change in place;
+        what it returns, if anything, is stored in *out* (default: the first of *arrays*). Pages
+        that do not fit are reached in system memory.
+        """
+        target = arrays[0] if out is None else out
+        used = list(dict.fromkeys((*arrays, target)))
+        mm = used[0].mm
+        if any(a.mm is not mm for a in used):
+            raise InvalidArgument("run: the arrays belong to different processes")
+        spans = [page_range(a.addr, a.nbytes) for a in used]
+        addrs = np.unique(np.concatenate(spans))
+        table = self.table_of(mm)
+        everywhere = np.ones(addrs.size, dtype=np.bool_)
+        for rounds in range(MAX_ROUNDS + 1):
+            with mm.page_table_lock:
+                ptes = table.lookup(addrs)
+                ready = _reachable(ptes, everywhere)
+                if ready.all():
+                    frames = [pte_pfn(ptes[np.searchsorted(addrs, span)]) for span in spans]
+                    self._launch(kernel, arrays, target, used, frames)
+                    return
+            self._check_progress(rounds, addrs[~ready])
+            self._fault_mm(mm, addrs[~ready], everywhere[~ready], remote=True)
+
+    def fault(self, process: Process, addrs: Addresses, write: Mask) -> None:
+        """Serve one batch of device faults at *addrs* (ascending page addresses).
+
+        Pages migrate here in order, a 2 MiB block at a time, as many as the device has memory;
+        what cannot migrate is mapped where it is. Raises SegmentationFault, BusError,
+        OutOfMemory.
+        """
+        self._fault_mm(process.mm, addrs, write, remote=False)
+
+    def _fault_mm(self, mm: MmStruct, addrs: Addresses, write: Mask, *, remote: bool) -> None:
+        if not remote:
+            addrs, write = addrs[: self.npages], write[: self.npages]
+        self.stats.fault_batches += 1
+        self.stats.device_faults += addrs.size
+        if gpu_fault:
+            gpu_fault(device=self.name, process=mm.name, addrs=addrs, write=write)
+        self.make_room(addrs.size)
+        cuts = np.flatnonzero(np.diff(addrs >> PMD_SHIFT)) + 1
+        for block in np.split(np.arange(addrs.size), cuts):
+            self._fault_block(mm, addrs[block], write[block])
+
+    def _fault_block(self, mm: MmStruct, addrs: Addresses, write: Mask) -> None:
+        """The faults in one 2 MiB block."""
+        table = self.table_of(mm)
+        with mm.mmap_sem.read():
+            for sel in _by_vma(self.name, mm, addrs, write):
+                here, stores = addrs[sel], write[sel]
+                away = here[~self._map(table, here, stores)]
+                if not away.size:
+                    continue
+                self._migrate_addrs(mm, away, Direction.TO_DEVICE, Moved())
+                left = ~self._map(table, here, stores)
+                if left.any():
+                    self._map_remote(table, here[left], stores[left])
+
+    def _map(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> Mask:
+        """Map what the CPU's page table says is in this device's memory; True where it is."""
+        mm = table.mm
+        table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
+        with mm.page_table_lock:
+            ptes = self.mem.tables.entries[pte_offset(self.mem.tables, mm.pgd, addrs)]
+            mine = is_device_private_entry(ptes)
+            mine[mine] = self.mem.zone[swp_offset(ptes[mine])] == self.zone.index
+            writable = is_write_device_private_entry(ptes)
+            mine &= writable | ~write
+            table.map(addrs[mine], swp_offset(ptes[mine]), writable[mine])
+        return mine
+
+    def _map_remote(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> None:
+        """Pages that could not migrate: fault them into system memory and map them there."""
+        mm = table.mm
+        for stores in (True, False):
+            some = addrs[write == stores]
+            rounds = 0
+            while some.size:
+                self._check_progress(rounds, some)
+                rounds += 1
+                table.settle(some.item(0), some.item(-1) + PAGE_SIZE)
+                with mm.page_table_lock:
+                    at = pte_offset(self.mem.tables, mm.pgd, some)
+                    ptes = self.mem.tables.entries[at]
+                    ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
+                    writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
+                    table.map(some[ready], pte_pfn(ptes[ready]), writable)
+                some = some[~ready]
+                for sel in _by_vma(self.name, mm, some, np.full(some.size, stores)):
+                    vma = find_vma(mm, some[sel].item(0))
+                    assert vma is not None
+                    faults = handle_mm_fault(vma, some[sel], write=stores)
+                    self._check_faults(some[sel], faults)
+
+    def _check_faults(self, addrs: Addresses, faults: NDArray[np.uint16]) -> None:
+        bad = np.flatnonzero(faults & VmFault.ERROR)
+        if bad.size:
+            addr = addrs.item(bad[0])
+            if faults[bad[0]] & VmFault.OOM:
+                raise OutOfMemory(f"{self.name}: no frame for the page at {addr:#x}")
+            raise BusError(addr, f"{self.name}: the contents of the page at {addr:#x} are lost")
+
+    def _check_progress(self, rounds: int, addrs: Addresses) -> None:
+        if rounds >= MAX_ROUNDS:
+            raise KernelBug(f"{self.name}: device fault at {addrs[0]:#x} is served in vain")
+
+    # The device's own loads and stores.
+
+    def _sides(self, pfns: Pfns) -> list[tuple[Payload, Mask, Pfns]]:
+        """Contents behind *pfns*: the device's memory, the system's; which; and their rows."""
+        if self.memory is None or self.mem.payload is None:
+            raise InvalidArgument(f"{self.name}: this machine keeps no contents")
+        local = pfns >= self.zone.start_pfn
+        local &= pfns < self.zone.end_pfn
+        if local.all():
+            return [(self.memory, local, pfns - self.zone.start_pfn)]
+        sides = [(self.mem.payload, ~local, pfns[~local])]
+        if local.any():
+            sides.append((self.memory, local, pfns[local] - self.zone.start_pfn))
+        return sides
+
+    def _swap_words(
+        self,
+        pfns: Pfns,
+        addrs: Addresses,
+        words: NDArray[np.uint64],
+        write: Mask,
+        now: Indices,
+        loaded: NDArray[np.uint64],
+    ) -> None:
+        """exchange() for the places *now*, whose pages are *pfns*."""
+        for memory, side, rows in self._sides(pfns):
+            which = now[side]
+            flat = memory.view(np.uint64).reshape(-1)
+            at = (rows << (PAGE_SHIFT - 3)) + ((addrs[which] & (PAGE_SIZE - 1)) >> 3)
+            loaded[which] = flat[at]
+            stores = write[which]
+            flat[at[stores]] = words[which[stores]]
+
+    def _stream(
+        self,
+        mm: MmStruct,
+        addr: int,
+        nbytes: int,
+        move: Callable[[Payload, int, Pfns], None],
+        *,
+        write: bool,
+    ) -> None:
+        """Let *move*(memory, address, rows) see every page of a range in order."""
+        table = self.table_of(mm)
+        addrs = page_range(addr, nbytes)
+        done, rounds = 0, 0
+        while done < addrs.size:
+            near = addrs[done : done + max(1, min(self.npages, PMD_SIZE >> PAGE_SHIFT))]
+            with mm.page_table_lock:
+                ptes = table.lookup(near)
+                ready = _reachable(ptes, np.full(near.size, write))
+                used = near.size if ready.all() else int(np.argmin(ready))
+                self._move_prefix(addr, near[:used], pte_pfn(ptes[:used]), move)
+            done += used
+            rounds = 0 if used else rounds + 1
+            missing = near[~ready]
+            if missing.size:
+                self._check_progress(rounds, missing)
+                self._fault_mm(mm, missing, np.full(missing.size, write), remote=False)
+
+    def _move_prefix(
+        self, addr: int, addrs: Addresses, pfns: Pfns, move: Callable[[Payload, int, Pfns], None]
+    ) -> None:
+        for stretch in np.split(np.arange(pfns.size), np.flatnonzero(np.diff(pfns) != 1) + 1):
+            for memory, _, rows in self._sides(pfns[stretch]) if stretch.size else []:
+                move(memory, max(addr, addrs.item(stretch[0])), rows)
+
+    def _launch(
+        self,
+        kernel: Callable[..., Any],
+        arrays: Sequence[ProcessArray],
+        target: ProcessArray,
+        used: Sequence[ProcessArray],
+        frames: Sequence[Pfns],
+    ) -> None:
+        """Gather the arrays, run *kernel*, and put back what it changed."""
+        raw = [self._gather(pfns) for pfns in frames]
+        views = {}
+        for array, pages in zip(used, raw, strict=True):
+            offset = array.addr % PAGE_SIZE
+            flat = pages.reshape(-1)[offset : offset + array.nbytes]
+            views[array] = flat.view(array.dtype).reshape(array.shape)
+        result = kernel(*(views[array] for array in arrays))
+        if result is not None and result is not views[target]:
+            views[target][...] = result
+        for pages, pfns in zip(raw, frames, strict=True):
+            self._scatter(pages, pfns)
+
+    def _gather(self, pfns: Pfns) -> Payload:
+        """The contents of *pfns* in a row: a view where they lie so, else a copy."""
+        sides = self._sides(pfns)
+        if len(sides) == 1 and not (np.diff(pfns) != 1).any():
+            memory, _, rows = sides[0]
+            return memory[rows[0] : rows[0] + rows.size]
+        pages = np.empty((pfns.size, PAGE_SIZE), dtype=np.uint8)
+        for memory, side, rows in sides:
+            copy_highpages(pages, np.flatnonzero(side), memory, rows)
+        return pages
+
+    def _scatter(self, pages: Payload, pfns: Pfns) -> None:
+        for memory, side, rows in self._sides(pfns):
+            if not np.shares_memory(pages, memory):
+                copy_highpages(memory, rows, pages, np.flatnonzero(side))
+
+
+def _reachable(ptes: Ptes, write: Mask) -> Mask:
+    return pte_present(ptes) & (pte_write(ptes) | ~write)
+
+
+def _by_vma(name: str, mm: MmStruct, addrs: Addresses, write: Mask) -> list[slice]:
+    """Places in *addrs* (ascending) by VMA; raises SegmentationFault where one may not be used."""
+    spans, at = [], 0
+    while at < addrs.size:
+        addr = addrs.item(at)
+        vma: Vma | None = find_vma(mm, addr)
+        if vma is None or vma.vm_start > addr:
+            raise SegmentationFault(addr, f"{name}: nothing is mapped at {addr:#x} of {mm.name}")
+        end = int(np.searchsorted(addrs, vma.vm_end))
+        stores = bool(write[at:end].any())
+        if access_error(vma, write=stores):
+            what = "a store" if stores else "a load"
+            raise SegmentationFault(addr, f"{name}: {what} at {addr:#x} is not allowed by {vma!r}")
+        spans.append(slice(at, end))
+        at = end
+    return spans

@@ -1,0 +1,385 @@
+"""A device's memory as the mm core sees it: the two callbacks, faults from the CPU, eviction.
+
+`Driver` (devices/driver.py) is the class to derive from; this half of it moves pages.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, Final
+
+import numpy as np
+
+from devices.chunks import Chunks
+from hmm.device_pgtable import DevicePageTable
+from hmm.migrate import MigrateVma, MigrateVmaSelect, migrate_vma
+from hmm.migrate_pfn import (
+    MIGRATE_PFN_ERROR,
+    MIGRATE_PFN_LOCKED,
+    MIGRATE_PFN_WRITE,
+    MigratePfns,
+    Stayed,
+    is_migrating,
+    is_valid,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+)
+from mm.errors import InvalidArgument, InvalidRange
+from mm.filemap import lock_page, unlock_page
+from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.machine import Machine
+from mm.memparse import Size, format_size, memparse
+from mm.memremap import devm_memremap_pages, devm_memunmap_pages
+from mm.mmap import find_vma, vmas_in
+from mm.page_alloc import alloc_pages_bulk
+from mm.pgtable import PMD_SIZE
+from mm.process import Process
+from mm.rmap import rmap_walk
+from mm.swap import get_page, put_page
+from mm.types import VM_WRITE, MemoryType, MmStruct, VmFault, Vma
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns
+
+MIN_CHUNK: Final = 64 << 10
+MAX_CHUNK: Final = 2 << 20
+TRANSFER_PAGES: Final = 8192  # of one migrate_vma() call: what keeps its vectors in cache
+
+
+class Direction(Enum):
+    """What a migration is for; travels as `private` of migrate_vma()."""
+
+    TO_DEVICE = "to device"
+    TO_SYSTEM = "to system"
+    EVICT = "evict"
+
+
+@dataclass
+class Stats:
+    """What a device has done so far. Bytes are those that were copied: a hole costs none."""
+
+    device_faults: int = 0
+    fault_batches: int = 0
+    pages_to_device: int = 0
+    pages_to_system: int = 0
+    evicted_pages: int = 0
+    bytes_to_device: int = 0
+    bytes_to_system: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """All counters by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass
+class Moved:
+    """What became of the pages of a range.
+
+    collected: pages that could move when the migration began; migrated: those that did; stayed:
+    for the others, how many stayed for which reason (the names of `hmm.Stayed`, lower case).
+    """
+
+    collected: int = 0
+    migrated: int = 0
+    stayed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, migrate: MigrateVma) -> None:
+        """Count one migrate_vma() call in."""
+        migrated = migrate.cpages
+        reasons = migrate.stayed if migrate.wanted is None else migrate.stayed[migrate.wanted]
+        counts = np.bincount(reasons, minlength=len(Stayed))
+        counts[Stayed.NO] = 0
+        for reason in np.flatnonzero(counts).tolist():
+            self.stayed[Stayed(reason).name.lower()] += counts.item(reason)
+        self.migrated += migrated
+        self.collected += migrated + int(counts.sum()) - counts.item(Stayed.SKIPPED)
+
+
+class DeviceMemory(ABC):
+    """Pages of a device, registered as ZONE_DEVICE private memory."""
+
+    type = MemoryType.DEVICE_PRIVATE
+
+    def __init__(
+        self,
+        machine: Machine,
+        memory: Size,
+        *,
+        name: str,
+        chunk: Size | None = None,
+        neighbours: Size = PAGE_SIZE,
+    ) -> None:
+        self.name = name
+        self.owner: object = self
+        self.machine = machine
+        self.mem = machine.mem
+        self.npages = memparse(memory) >> PAGE_SHIFT
+        if not self.npages:
+            raise InvalidArgument(f"{name}: memory={memory!r} is less than a page of {PAGE_SIZE}")
+        self.chunk_pages = _chunk_pages(name, chunk, self.npages)
+        self.neighbour_pages = max(1, memparse(neighbours) >> PAGE_SHIFT)
+        self.chunks = Chunks(self.npages, self.chunk_pages)
+        self.zone = devm_memremap_pages(self.mem, self, self.npages)
+        self.tables: dict[MmStruct, DevicePageTable] = {}
+        self.stats = Stats()
+
+    # What a driver writes.
+
+    @abstractmethod
+    def allocate(self, npages: int) -> Indices:
+        """Up to *npages* free pages of the device, as numbers from 0; fewer when it is full."""
+
+    @abstractmethod
+    def free(self, pages: Indices) -> None:
+        """*pages* are not used any more."""
+
+    @abstractmethod
+    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
+        """Copy row rows[i] of *system* memory, uint8[n, 4096], to device page pages[i]."""
+
+    @abstractmethod
+    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | None:
+        """Copy device page pages[i] to row rows[i] of *system*.
+
+        Returns None, or True for pages whose contents are lost for good.
+        """
+
+    def clear(self, pages: Indices, system: Payload) -> None:
+        """Fill *pages* with zeros; by default, with copies of the zero page."""
+        self.copy_in(pages, system, np.full(pages.size, self.mem.zero_pfn))
+
+    # What a user calls.
+
+    def to_device(self, process: Process, addr: int, nbytes: Size) -> Moved:
+        """Migrate the pages of [*addr*, *addr* + *nbytes*) here, evicting others to make room.
+
+        Where the range is larger than the device, its end stays in system memory.
+        Raises InvalidRange where something in the range is not mapped.
+        """
+        moved = Moved()
+        mm = process.mm
+        with mm.mmap_sem.read():
+            spans = _vma_spans(mm, addr, memparse(nbytes))
+            self.make_room(sum(end - start for _, start, end in spans) >> PAGE_SHIFT)
+            for vma, start, end in spans:
+                self._migrate(vma, start, end, Direction.TO_DEVICE, moved)
+        return moved
+
+    def to_system(self, process: Process, addr: int, nbytes: Size) -> Moved:
+        """Migrate the pages of [*addr*, *addr* + *nbytes*) that are here back."""
+        moved = Moved()
+        mm = process.mm
+        with mm.mmap_sem.read():
+            for vma, start, end in _vma_spans(mm, addr, memparse(nbytes)):
+                self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
+        return moved
+
+    def make_room(self, npages: int) -> None:
+        """Evict the oldest chunks until *npages*, or all pages, are free or nothing moves."""
+        wanted = min(npages, self.npages)
+        for chunk in self.chunks.oldest_first().tolist():
+            if self.chunks.free_pages >= wanted:
+                return
+            self.evict(self.chunks.pages_of(chunk))
+
+    def evict(self, pages: Indices) -> Moved:
+        """Migrate those of *pages* that are in use to system memory, whoever maps them."""
+        moved = Moved()
+        pfns = self.zone.start_pfn + pages
+        mapped = pfns[self.mem.mapcount[pfns] > 0]
+        where: dict[MmStruct, list[Addresses]] = {}
+        for vma, _, addrs in rmap_walk(self.mem, mapped):
+            where.setdefault(vma.vm_mm, []).append(addrs)
+        for mm, addrs_of_mm in where.items():
+            self._migrate_addrs(mm, np.unique(np.concatenate(addrs_of_mm)), Direction.EVICT, moved)
+        self.stats.evicted_pages += moved.migrated
+        return moved
+
+    def close(self) -> None:
+        """Evict everything and take the device away. Raises Busy where a page cannot leave."""
+        self.evict(np.arange(self.npages))
+        devm_memunmap_pages(self.mem, self.zone)
+        for table in self.tables.values():
+            if not table.mm.exited:
+                table.close()
+        self.tables.clear()
+
+    # What the mm core calls.
+
+    def page_fault(self, vma: Vma, addrs: Addresses, pfns: Pfns, *, write: bool) -> VmFault:
+        """A CPU touched *addrs*: bring those pages back, then their neighbours if wanted."""
+        moved = Moved()
+        self._migrate_addrs(vma.vm_mm, addrs, Direction.TO_SYSTEM, moved)
+        if moved.stayed["not_chosen"]:
+            return VmFault.OOM
+        if self.neighbour_pages > 1:
+            size = self.neighbour_pages << PAGE_SHIFT
+            for block in np.unique(addrs // size).tolist():
+                start, end = max(block * size, vma.vm_start), min((block + 1) * size, vma.vm_end)
+                self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
+        return VmFault(0)
+
+    def page_free(self, pfns: Pfns) -> None:
+        """The mm core lets go of *pfns*."""
+        pages = pfns - self.zone.start_pfn
+        self.chunks.give(pages)
+        self.free(pages)
+
+    def alloc_and_copy(
+        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
+    ) -> None:
+        """Linux: alloc_and_copy() of struct migrate_vma_ops."""
+        if private is Direction.TO_DEVICE:
+            self._copy_to_device(src, dst)
+        else:
+            self._copy_to_system(src, dst)
+
+    def finalize_and_map(
+        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
+    ) -> None:
+        """Linux: finalize_and_map() of struct migrate_vma_ops."""
+        moved = np.flatnonzero(is_migrating(src) & is_valid(dst))
+        addrs = start + (moved << PAGE_SHIFT)
+        table = self.table_of(vma.vm_mm)
+        if private is Direction.TO_DEVICE:
+            hole = ~is_valid(src[moved])
+            writable = np.where(
+                hole, bool(vma.vm_flags & VM_WRITE), (src[moved] & MIGRATE_PFN_WRITE) != 0
+            )
+            with vma.vm_mm.page_table_lock:
+                table.map(addrs, migrate_pfn_to_pfn(dst[moved]), writable)
+            self.stats.pages_to_device += moved.size
+        else:
+            table.unmap(addrs)
+            self.stats.pages_to_system += moved.size
+
+    # How it is done.
+
+    def table_of(self, mm: MmStruct) -> DevicePageTable:
+        """The device's page table for *mm*, made at first use."""
+        if mm not in self.tables:
+            self.tables = {m: table for m, table in self.tables.items() if not m.exited}
+            self.tables[mm] = DevicePageTable(mm, self.owner)
+        return self.tables[mm]
+
+    def _copy_to_device(self, src: MigratePfns, dst: MigratePfns) -> None:
+        entries = np.flatnonzero(is_migrating(src))
+        pages = self.allocate(entries.size)
+        self.chunks.take(pages)
+        entries = entries[: pages.size]
+        self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        if self.mem.payload is None:
+            return
+        full = is_valid(src[entries])
+        if full.all():
+            self.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(src[entries]))
+        else:
+            self.clear(pages[~full], self.mem.payload)
+            if full.any():
+                rows = migrate_pfn_to_pfn(src[entries[full]])
+                self.copy_in(pages[full], self.mem.payload, rows)
+        self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
+
+    def _copy_to_system(self, src: MigratePfns, dst: MigratePfns) -> None:
+        entries = np.flatnonzero(is_migrating(src) & is_valid(src))
+        pfns = alloc_pages_bulk(self.mem, GFP_HIGHUSER_MOVABLE, 0, entries.size)
+        entries = entries[: pfns.size]
+        self._hand_over(dst, entries, pfns, referenced=True)
+        if self.mem.payload is None:
+            return
+        pages = migrate_pfn_to_pfn(src[entries]) - self.zone.start_pfn
+        lost = self.copy_out(pages, self.mem.payload, pfns)
+        self.stats.bytes_to_system += entries.size * PAGE_SIZE
+        if lost is not None and lost.any():
+            self._give_up(dst, entries[lost], pfns[lost])
+
+    def _hand_over(
+        self, dst: MigratePfns, entries: Indices, pfns: Pfns, *, referenced: bool = False
+    ) -> None:
+        """Name *pfns* in *dst* before anything is copied, so that an error cannot leak them."""
+        if not referenced:
+            get_page(self.mem, pfns)
+        lock_page(self.mem, pfns)
+        dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
+
+    def _give_up(self, dst: MigratePfns, entries: Indices, pfns: Pfns) -> None:
+        """The contents of *entries* are lost: say so, and free their destinations."""
+        unlock_page(self.mem, pfns)
+        put_page(self.mem, pfns)
+        dst[entries] = MIGRATE_PFN_ERROR
+
+    def _migrate(
+        self,
+        vma: Vma,
+        start: int,
+        end: int,
+        direction: Direction,
+        moved: Moved,
+        wanted: Mask | None = None,
+    ) -> None:
+        """migrate_vma() over [*start*, *end*), in pieces that suit the cache."""
+        select = MigrateVmaSelect.SYSTEM
+        if direction is not Direction.TO_DEVICE:
+            select = MigrateVmaSelect.DEVICE_PRIVATE
+        step = TRANSFER_PAGES << PAGE_SHIFT
+        for piece in range(start, end, step):
+            stop = min(piece + step, end)
+            src, dst = np.zeros((2, (stop - piece) >> PAGE_SHIFT), dtype=np.uint64)
+            first = (piece - start) >> PAGE_SHIFT
+            chosen = None if wanted is None else wanted[first : first + src.size]
+            moved.add(
+                migrate_vma(
+                    self, vma, piece, stop, src, dst, direction,
+                    select=select, pgmap_owner=self.owner, wanted=chosen,
+                )
+            )
+
+    def _migrate_addrs(
+        self, mm: MmStruct, addrs: Addresses, direction: Direction, moved: Moved
+    ) -> None:
+        """Migrate the pages at *addrs* (ascending), one call for those that lie close."""
+        with mm.mmap_sem.read():
+            cuts = np.flatnonzero(np.diff(addrs) > PMD_SIZE) + 1
+            for near in np.split(addrs, cuts):
+                for vma in vmas_in(mm, near.item(0), near.item(-1) + PAGE_SIZE):
+                    here = near[(near >= vma.vm_start) & (near < vma.vm_end)]
+                    if here.size:
+                        start, end = here.item(0), here.item(-1) + PAGE_SIZE
+                        wanted = np.zeros((end - start) >> PAGE_SHIFT, dtype=np.bool_)
+                        wanted[(here - start) >> PAGE_SHIFT] = True
+                        self._migrate(vma, start, end, direction, moved, wanted)
+
+
+def _chunk_pages(name: str, chunk: Size | None, npages: int) -> int:
+    """Pages per chunk: as asked, or about a sixteenth of the device within the limits."""
+    if chunk is None:
+        size = MIN_CHUNK
+        while size < MAX_CHUNK and size * 16 < npages * PAGE_SIZE:
+            size *= 2
+        return size >> PAGE_SHIFT
+    size = memparse(chunk)
+    if not MIN_CHUNK <= size <= MAX_CHUNK or size & (size - 1):
+        raise InvalidArgument(
+            f"{name}: chunk={chunk!r}: a chunk is a power of two from "
+            f"{format_size(MIN_CHUNK)} to {format_size(MAX_CHUNK)}"
+        )
+    return size >> PAGE_SHIFT
+
+
+def _vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
+    """[*addr*, *addr* + *nbytes*), rounded to whole pages, cut at VMA borders."""
+    start, end = addr & ~(PAGE_SIZE - 1), (addr + nbytes + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+    if nbytes <= 0:
+        raise InvalidRange(f"a range of {nbytes} bytes at {addr:#x} holds no page")
+    spans = []
+    at = start
+    while at < end:
+        vma = find_vma(mm, at)
+        if vma is None or vma.vm_start > at:
+            raise InvalidRange(
+                f"[{start:#x}, {end:#x}): nothing is mapped at {at:#x} of {mm.name}"
+            )
+        spans.append((vma, at, min(end, vma.vm_end)))
+        at = vma.vm_end
+    return spans

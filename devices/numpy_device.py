@@ -1,0 +1,55 @@
+"""A device whose memory is a NumPy array: the default, and the example of a driver."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from devices.driver import Driver
+from mm.highmem import copy_highpages
+from mm.machine import Machine
+from mm.memparse import Size
+from mm.mmzone import PageStack
+from mm.typing import PAGE_SIZE, Indices, Mask, Payload, Pfns
+
+
+class NumpyDevice(Driver):
+    """Private device memory in host memory; copies are those of NumPy."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        memory: Size = "64MiB",
+        *,
+        name: str = "numpy0",
+        chunk: Size | None = None,
+        neighbours: Size = PAGE_SIZE,
+    ) -> None:
+        super().__init__(machine, memory, name=name, chunk=chunk, neighbours=neighbours)
+        self._free = PageStack(self.npages)
+        self._free.push(np.arange(self.npages)[::-1])
+        if machine.mem.payload is not None:
+            self.memory = np.zeros((self.npages, PAGE_SIZE), dtype=np.uint8)
+
+    def allocate(self, npages: int) -> Indices:
+        """Free pages, lowest first and in a row where they are."""
+        return np.sort(self._free.pop(npages))
+
+    def free(self, pages: Indices) -> None:
+        """Those freed last are used first, while the caches still know them."""
+        self._free.push(np.sort(pages)[::-1])
+
+    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
+        """System memory to device memory."""
+        assert self.memory is not None
+        copy_highpages(self.memory, pages, system, rows)
+
+    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | None:
+        """Device memory to system memory; nothing is ever lost."""
+        assert self.memory is not None
+        copy_highpages(system, rows, self.memory, pages)
+        return None
+
+    def clear(self, pages: Indices, system: Payload) -> None:
+        """Zeros need no copy here."""
+        assert self.memory is not None
+        self.memory[pages] = 0

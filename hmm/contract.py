@@ -1,0 +1,154 @@
+"""What a driver promises in its two callbacks, checked. Linux: include/linux/migrate.h, v4.20.
+
+The kernel trusts its drivers; here a broken promise becomes a `DriverBug` that names the entry
+and the rule, after every page has been put back. What costs little is always checked. On a
+machine with debug=True the allocators are watched too, and a destination page that the driver
+took but did not hand over is found.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmm.migrate_pfn import (
+    MIGRATE_PFN_ERROR,
+    MIGRATE_PFN_LOCKED,
+    MigratePfns,
+    is_valid,
+    migrate_pfn_to_pfn,
+)
+from mm.errors import DriverBug
+from mm.page_flags import PG_locked
+from mm.types import MemMap, MemoryType
+from mm.typing import Indices, Mask, Pfns
+
+
+class Contract:
+    """Watches one migration of one driver.
+
+    src, dst: the vectors that the driver gets; start: address of their first page; owner: the
+    `owner` of the driver's pagemap, None if it has not said who it is.
+    """
+
+    def __init__(
+        self, mem: MemMap, src: MigratePfns, dst: MigratePfns, start: int, owner: object
+    ) -> None:
+        self.mem = mem
+        self.src = src
+        self.dst = dst
+        self.start = start
+        self.owner = owner
+        self.src_before = src.copy()
+        self.in_use_before = _in_use(mem) if mem.debug else None
+
+    def check_alloc_and_copy(self) -> None:
+        """Raise DriverBug for the first rule that alloc_and_copy() broke.
+
+        `src` is then as it was before the call.
+        """
+        changed = self.src != self.src_before
+        self.src[:] = self.src_before
+        self._refuse(changed, "alloc_and_copy() changed src, which it may only read")
+        given = is_valid(self.dst)
+        odd = (self.dst != 0) & ~given & ((self.dst & MIGRATE_PFN_ERROR) == 0)
+        self._refuse(odd, "dst names a page without MIGRATE_PFN_VALID")
+        where = np.flatnonzero(given)
+        if where.size:
+            self._check_destinations(where, migrate_pfn_to_pfn(self.dst[where]))
+        if self.in_use_before is not None:
+            self._check_leaks(self.in_use_before)
+
+    def check_finalize_and_map(self, dst_before: MigratePfns, src_before: MigratePfns) -> None:
+        """Raise DriverBug if finalize_and_map() wrote to `src` or `dst`; both are put right."""
+        changed = (self.src != src_before) | (self.dst != dst_before)
+        self.src[:], self.dst[:] = src_before, dst_before
+        self._refuse(changed, "finalize_and_map() changed src or dst, which it may only read")
+
+    def usable_destinations(self) -> Indices:
+        """Entries of a faulty `dst` whose page really is the migration's to give back."""
+        where = np.flatnonzero(is_valid(self.dst))
+        pfns = migrate_pfn_to_pfn(self.dst[where])
+        good = ~self._no_page(pfns)
+        good[good] = ~self._not_ours(pfns[good])
+        _, first = np.unique(pfns, return_index=True)
+        once = np.zeros(where.size, dtype=np.bool_)
+        once[first] = True
+        return where[good & once]
+
+    def locked(self, where: Indices) -> Mask:
+        """True where the destination page of an entry really is locked."""
+        pfns = migrate_pfn_to_pfn(self.dst[where])
+        return (self.mem.flags[pfns] & PG_locked) != 0
+
+    def _check_destinations(self, where: Indices, pfns: Pfns) -> None:
+        self._refuse_at(where, self._no_page(pfns), "dst names a PFN that no memory has")
+        unlocked = ~self.locked(where) | ((self.dst[where] & MIGRATE_PFN_LOCKED) == 0)
+        self._refuse_at(where, unlocked, "the destination page is not locked")
+        self._refuse_at(where, self._not_ours(pfns), "the destination page is free or in use")
+        self._refuse_at(where, self._wrong_zone(where, pfns), "the destination is in a wrong zone")
+        if np.unique(pfns).size < pfns.size:
+            repeated = np.ones(pfns.size, dtype=np.bool_)
+            repeated[np.unique(pfns, return_index=True)[1]] = False
+            self._refuse_at(where, repeated, "the destination page is given twice")
+
+    def _no_page(self, pfns: Pfns) -> Mask:
+        outside = (pfns < 0) | (pfns >= self.mem.limit_pfn)
+        outside[~outside] = self.mem.zone[pfns[~outside]] == MemoryType.HOLE
+        return outside
+
+    def _not_ours(self, pfns: Pfns) -> Mask:
+        """Not one reference of the driver's and nothing else."""
+        base = self.mem.is_zone_device_page(pfns)
+        return (self.mem.refcount[pfns] != base + 1) | (self.mem.mapping[pfns] != 0)
+
+    def _wrong_zone(self, where: Indices, pfns: Pfns) -> Mask:
+        """Device memory of another driver; or for a page of a device, not system memory."""
+        mem = self.mem
+        device = mem.is_zone_device_page(pfns)
+        if self.owner is None:
+            return np.zeros_like(device)
+        ours = np.zeros(len(mem.zones), dtype=np.bool_)
+        for zone in mem.zones:
+            if zone is not None and zone.pgmap is not None:
+                ours[zone.index] = zone.pgmap.owner is self.owner
+        from_device = is_valid(self.src[where]) & mem.is_zone_device_page(
+            migrate_pfn_to_pfn(self.src[where])
+        )
+        return np.where(from_device, device, ~ours[mem.zone[pfns]])
+
+    def _check_leaks(self, before: Mask) -> None:
+        taken = np.flatnonzero(_in_use(self.mem) & ~before)
+        given = migrate_pfn_to_pfn(self.dst[is_valid(self.dst)])
+        leaked = np.setdiff1d(taken, given)
+        if leaked.size:
+            raise DriverBug(
+                f"alloc_and_copy() took {leaked.size} pages that dst does not name, the first is "
+                f"PFN {leaked[0]:#x}; hand over or free every page that you allocate"
+            )
+
+    def _refuse_at(self, where: Indices, wrong: Mask, rule: str) -> None:
+        if wrong.any():
+            self._raise(where[wrong], rule)
+
+    def _refuse(self, wrong: Mask, rule: str) -> None:
+        if wrong.any():
+            self._raise(np.flatnonzero(wrong), rule)
+
+    def _raise(self, entries: Indices, rule: str) -> None:
+        i = entries.item(0)
+        more = f" (and {entries.size - 1} more)" if entries.size > 1 else ""
+        raise DriverBug(
+            f"entry {i}{more}, address {self.start + (i << 12):#x}: {rule}; "
+            f"src {self.src[i]:#x}, dst {self.dst[i]:#x}"
+        )
+
+
+def _in_use(mem: MemMap) -> NDArray[np.bool_]:
+    """By PFN: somebody holds a reference."""
+    used = mem.refcount > 0
+    for zone in mem.zones:
+        if zone is not None and zone.pgmap is not None:
+            span = slice(zone.start_pfn, zone.end_pfn)
+            used[span] = mem.refcount[span] > 1
+    return used

@@ -1,0 +1,110 @@
+"""A device's page table for one process, kept in step with the CPU's by an mmu notifier.
+
+It has the same five levels and lies in the same pool of tables. An entry maps a PFN, of the
+device's own memory or of system memory that it reaches over the bus, and says whether the device
+may store to it. Nothing is in it that the CPU's page table does not show.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mm.mmu_notifier import (
+    MmuNotifierRange,
+    MmuNotifyEvent,
+    mmu_notifier_register,
+    mmu_notifier_unregister,
+)
+from mm.pagewalk import free_pgtables, walk_page_range
+from mm.pgtable import _PAGE_PRESENT, _PAGE_RW, mk_pte, pte_alloc_each, pte_offset
+from mm.types import MmStruct
+from mm.typing import Addresses, Mask, Pfns, Ptes, pages
+
+ADDRESS_SPACE = 1 << 57
+
+
+class DevicePageTable:
+    """What the device with *owner* may reach of *mm*. All methods want no lock held."""
+
+    def __init__(self, mm: MmStruct, owner: object) -> None:
+        self.mm = mm
+        self.owner = owner
+        self.pool = mm.mem.tables
+        self.pgd = int(self.pool.alloc(1)[0])
+        self.invalid: list[MmuNotifierRange] = []  # ranges between start and end
+        mm.mem.device_pgds.append(self.pgd)
+        mmu_notifier_register(self, mm)
+
+    def lookup(self, addrs: Addresses) -> Ptes:
+        """The entry of each address, 0 where the device has to fault.
+
+        The answer holds as long as the caller holds the mm's page_table_lock.
+        """
+        return self.pool.entries[pte_offset(self.pool, self.pgd, addrs)]
+
+    def map(self, addrs: Addresses, pfns: Pfns, writable: Mask) -> None:
+        """Let the device reach *pfns* at *addrs* (ascending), with page_table_lock held."""
+        pte_alloc_each(self.pool, self.pgd, addrs)
+        at = pte_offset(self.pool, self.pgd, addrs)
+        self.pool.entries[at] = mk_pte(pfns, _PAGE_PRESENT) | writable * _PAGE_RW
+
+    def unmap(self, addrs: Addresses) -> None:
+        """Forget *addrs*, which the device has migrated away itself."""
+        with self.mm.page_table_lock:
+            at = pte_offset(self.pool, self.pgd, addrs)
+            mapped = at[self.pool.entries[at] != 0]
+            self.pool.entries[mapped] = 0
+
+    def settle(self, start: int, end: int) -> None:
+        """Wait until nobody invalidates any of [*start*, *end*)."""
+
+        def settled() -> bool:
+            return not any(r.start < end and start < r.end for r in self.invalid)
+
+        if not settled():
+            self.mm.mem.locks.wait_until(settled, f"invalidation in [{start:#x}, {end:#x})")
+
+    def invalidate_range_start(self, invalid: MmuNotifierRange) -> None:
+        """Forget the range, unless it is invalidated for the device's own migration.
+
+        Then the device knows better than to forget what does not move, and corrects the rest in
+        finalize_and_map().
+        """
+        if invalid.event is MmuNotifyEvent.MIGRATE and invalid.owner is self.owner:
+            return
+        self.invalid.append(invalid)
+        with self.mm.page_table_lock:
+            self._clear(invalid.start, invalid.end)
+
+    def invalidate_range_end(self, invalid: MmuNotifierRange) -> None:
+        """Linux: invalidate_range_end() of struct mmu_notifier_ops."""
+        if invalid in self.invalid:
+            self.invalid.remove(invalid)
+            with self.mm.mem.locks.atomic:
+                self.mm.mem.locks.wake_up()
+
+    def release(self, mm: MmStruct) -> None:
+        """The process goes: give all tables back."""
+        with mm.page_table_lock:
+            self._clear(0, ADDRESS_SPACE)
+            free_pgtables(self.pool, self.pgd, 0, ADDRESS_SPACE)
+            self.pool.release(pages(self.pgd))
+            mm.mem.device_pgds.remove(self.pgd)
+
+    def close(self) -> None:
+        """The device goes: as release(), and listen no more."""
+        mmu_notifier_unregister(self, self.mm)
+        self.release(self.mm)
+
+    def _clear(self, start: int, end: int) -> None:
+        for run in walk_page_range(self.pool, self.pgd, start, end, holes=False):
+            run.ptes[:] = 0
+
+    def mapped(self) -> tuple[Addresses, Ptes]:
+        """Every address that the device can reach, and its entry; for checks."""
+        addrs, ptes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
+        for run in walk_page_range(self.pool, self.pgd, 0, ADDRESS_SPACE, holes=False):
+            used = np.flatnonzero(run.ptes)
+            addrs.append(run.addrs[used])
+            ptes.append(run.ptes[used])
+        return np.concatenate(addrs), np.concatenate(ptes)

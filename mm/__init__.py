@@ -1,0 +1,42 @@
+"""The Linux memory-management core, as of v4.20, over NumPy columns.
+
+    machine = mm.Machine(nodes=("512MiB",))
+    process = machine.spawn("train")
+    a = process.array((1024, 1024), dtype="float32")
+
+docs/where-is.md says in which file each kernel function has its counterpart.
+"""
+
+from mm.errors import (
+    BusError,
+    Busy,
+    Deadlock,
+    DriverBug,
+    InvalidArgument,
+    InvalidRange,
+    KernelBug,
+    OutOfMemory,
+    OutOfRange,
+    PermissionDenied,
+    SegmentationFault,
+)
+from mm.machine import Machine
+from mm.process import Process
+from mm.typing import PAGE_SIZE
+
+__all__ = [
+    "PAGE_SIZE",
+    "BusError",
+    "Busy",
+    "Deadlock",
+    "DriverBug",
+    "InvalidArgument",
+    "InvalidRange",
+    "KernelBug",
+    "Machine",
+    "OutOfMemory",
+    "OutOfRange",
+    "PermissionDenied",
+    "Process",
+    "SegmentationFault",
+]

@@ -1,0 +1,329 @@
+"""Whether all of a machine's state fits together: the rules of docs/data-model.md, checked.
+
+Everything is counted again from the page tables, the free lists and the LRU logs, and held
+against the columns and counters. Linux has pieces of it: mm/debug.c, CONFIG_DEBUG_VM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.errors import KernelBug
+from mm.mmzone import Lru
+from mm.page_alloc import check_zone, free_blocks, nr_free_pages
+from mm.page_flags import (
+    FLAG_NAMES,
+    PG_active,
+    PG_locked,
+    PG_lru,
+    PG_reserved,
+    PG_swapbacked,
+    PG_unevictable,
+    describe_flags,
+)
+from mm.pagewalk import walk_page_range
+from mm.pgtable import PTRS_PER_PTE, pte_none, pte_pfn, pte_present, pte_special, pte_write
+from mm.swap import page_lru
+from mm.swapops import (
+    is_device_private_entry,
+    is_hwpoison_entry,
+    is_migration_entry,
+    is_write_device_private_entry,
+    swp_offset,
+)
+from mm.types import VM_WRITE, MemMap, MmStruct, Vma
+from mm.typing import PAGE_SHIFT, Addresses, Mask, Pfns, Ptes
+
+_KNOWN_FLAGS: Final = np.bitwise_or.reduce(list(FLAG_NAMES.values()))
+_SHOWN: Final = 4  # pages that a complaint names
+
+Complaints = Iterator[str]
+
+
+def verify(mem: MemMap) -> None:
+    """Raise KernelBug with every rule that does not hold; the word before a colon is a column,
+    counter or table."""
+    census = _take_census(mem)
+    complaints: list[str] = []
+    for check in _CHECKS:
+        complaints.extend(check(mem, census))
+    if complaints:
+        raise KernelBug("\n".join(complaints))
+
+
+class Census(NamedTuple):
+    """What page tables hold, counted anew.
+
+    pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
+    waiting: migration entries for each PFN; held: references from pagevecs and pins, by PFN.
+    """
+
+    pages: Pfns
+    mapped: NDArray[np.int32]
+    waiting: NDArray[np.int32]
+    held: NDArray[np.int32]
+
+
+def _take_census(mem: MemMap) -> Census:
+    zones = [zone for zone in mem.zones if zone is not None]
+    spans = [np.arange(zone.start_pfn, zone.end_pfn) for zone in zones]
+    pages = np.sort(np.concatenate(spans))
+    mapped, waiting, held = (np.zeros(mem.limit_pfn, dtype=np.int32) for _ in range(3))
+    one = np.int32(1)
+    for mm in mem.mms:
+        for _, _, ptes in _entries(mm):
+            normal = pte_present(ptes) & ~pte_special(ptes)
+            np.add.at(mapped, pte_pfn(ptes[normal]), one)
+            np.add.at(mapped, swp_offset(ptes[is_device_private_entry(ptes)]), one)
+            np.add.at(waiting, swp_offset(ptes[is_migration_entry(ptes)]), one)
+    for pagevec in mem.pagevecs:
+        np.add.at(held, pagevec.live(), one)
+    for pin in mem.pins:
+        np.add.at(held, pin.pfns, one)
+    held[mem.zero_pfn] += 1
+    return Census(pages, mapped, waiting, held)
+
+
+def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
+    """All non-empty entries of *mm* that lie in a VMA."""
+    for vma in mm.vmas:
+        for run in walk_page_range(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end, holes=False):
+            used = np.flatnonzero(run.ptes)
+            if used.size:
+                yield vma, run.addrs[used], run.ptes[used]
+
+
+def _complain(column: str, pfns: Pfns, wrong: Mask, rule: str) -> Complaints:
+    """One line for the pages that are *wrong*."""
+    if wrong.any():
+        shown = ", ".join(map(hex, pfns[wrong][:_SHOWN].tolist()))
+        more = f" and {int(wrong.sum()) - _SHOWN} more" if wrong.sum() > _SHOWN else ""
+        yield f"{column}: page {shown}{more}: {rule}"
+
+
+def check_zones(mem: MemMap, census: Census) -> Complaints:
+    """Each PFN of a zone says so; free memory is well formed."""
+    for zone in mem.zones:
+        if zone is None:
+            continue
+        pfns = np.arange(zone.start_pfn, zone.end_pfn)
+        yield from _complain("zone", pfns, mem.zone[pfns] != zone.index, "not the zone it lies in")
+        if zone.pgmap is None:
+            yield from check_zone(mem, zone)
+    free = nr_free_pages(mem)
+    if mem.vmstat["nr_free_pages"] != free:
+        yield f"nr_free_pages: says {mem.vmstat['nr_free_pages']}, the free lists hold {free}"
+
+
+def check_free_pages(mem: MemMap, census: Census) -> Complaints:
+    """A page is on a free list exactly if nobody holds it, and then it is blank."""
+    free = np.zeros(mem.limit_pfn, dtype=np.bool_)
+    for zone in mem.zones:
+        if zone is None or zone.pgmap is not None:
+            continue
+        starts, orders = free_blocks(mem, zone)
+        for order in np.unique(orders).tolist():
+            heads = starts[orders == order]
+            free[(heads[:, None] + np.arange(1 << order)).reshape(-1)] = True
+        for stack in zone.pcp:
+            free[stack.live()] = True
+    system = census.pages[census.pages < mem.max_pfn]
+    unused = mem.refcount[system] == 0
+    yield from _complain(
+        "refcount", system, unused & ~free[system], "nobody holds it, yet it is not free"
+    )
+    yield from _complain("refcount", system, ~unused & free[system], "held, yet on a free list")
+    for name in ("flags", "mapcount", "mapping", "index", "private", "lock_owner"):
+        stained = free[system] & (getattr(mem, name)[system] != 0)
+        yield from _complain(name, system, stained, "not 0 on a free page")
+
+
+def check_counts(mem: MemMap, census: Census) -> Complaints:
+    """mapcount is what page tables hold; refcount is that, plus pagevecs, pins and the owner."""
+    pages = census.pages
+    mapcount, refcount = mem.mapcount[pages], mem.refcount[pages]
+    tables = census.mapped[pages]
+    yield from _complain("mapcount", pages, mapcount != tables, "page tables say otherwise")
+    expected = tables + census.held[pages] + mem.is_zone_device_page(pages)
+    yield from _complain(
+        "refcount", pages, refcount != expected, "not its mappings, pagevecs and pins"
+    )
+    unlocked = (mem.flags[pages] & PG_locked) == 0
+    yield from _complain(
+        "flags", pages, (census.waiting[pages] > 0) & unlocked, "migration entries, but not locked"
+    )
+    anon = int(np.count_nonzero(mapcount))
+    if mem.vmstat["nr_anon_pages"] != anon:
+        yield f"nr_anon_pages: says {mem.vmstat['nr_anon_pages']}, {anon} pages are mapped"
+
+
+def check_flags(mem: MemMap, census: Census) -> Complaints:
+    """Only known bits; a lock has an owner; device memory and the zero page are reserved."""
+    pages = census.pages
+    flags = mem.flags[pages]
+    unknown = flags & ~_KNOWN_FLAGS
+    yield from _complain("flags", pages, unknown != 0, "bits that have no name")
+    locked = (flags & PG_locked) != 0
+    owned = mem.lock_owner[pages] != 0
+    yield from _complain("lock_owner", pages, locked != owned, "set and locked do not agree")
+    special = mem.is_zone_device_page(pages) | (pages == mem.zero_pfn)
+    reserved = (flags & PG_reserved) != 0
+    yield from _complain(
+        "flags", pages, reserved != special, "reserved is for device and zero page"
+    )
+    on_list = flags & (PG_lru | PG_active | PG_unevictable)
+    device = mem.is_zone_device_page(pages)
+    yield from _complain(
+        "flags", pages, device & ((on_list & PG_lru) != 0), "device memory on an LRU list"
+    )
+    yield from _complain("private", pages, mem.private[pages] != 0, "nobody uses it yet")
+    swapbacked = (flags & PG_swapbacked) != 0
+    mapped = census.mapped[pages] > 0
+    yield from _complain("flags", pages, mapped & ~swapbacked, "anonymous but not swapbacked")
+
+
+def check_lru(mem: MemMap, census: Census) -> Complaints:
+    """Each PG_lru page stands once in the log of its list; a mapped page is there or on its way."""
+    system = census.pages[census.pages < mem.max_pfn]
+    listed = system[(mem.flags[system] & PG_lru) != 0]
+    found = np.zeros(mem.limit_pfn, dtype=np.int32)
+    keys = mem.page_to_nid(listed) * len(Lru) + page_lru(mem.flags[listed])
+    for node in mem.nodes:
+        for lru, items in zip(Lru, node.lruvec, strict=True):
+            here = listed[keys == node.nid * len(Lru) + lru]
+            log, stamps = items.log[: items.size], items.stamps[: items.size]
+            on_list = np.isin(log, here) & (mem.lru_stamp[log] == stamps)
+            np.add.at(found, log[on_list], np.int32(1))
+            if items.nr_pages != here.size:
+                yield f"nr_{lru.name.lower()}: node {node.nid} counts {items.nr_pages}, has {here.size}"
+    yield from _complain("lru_stamp", listed, found[listed] != 1, "not once in the log of its list")
+    for lru in Lru:
+        name = f"nr_{lru.name.lower()}"
+        count = sum(node.lruvec[lru].nr_pages for node in mem.nodes)
+        if mem.vmstat[name] != count:
+            yield f"{name}: says {mem.vmstat[name]}, the lists hold {count}"
+    waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
+    for pagevec in mem.pagevecs:
+        waiting[pagevec.live()] = True
+    mapped = system[census.mapped[system] > 0]
+    lost = ((mem.flags[mapped] & PG_lru) == 0) & ~waiting[mapped]
+    yield from _complain("flags", mapped, lost, "mapped, but on no LRU list nor on its way")
+
+
+def check_entries(mem: MemMap, census: Census) -> Complaints:
+    """Every entry maps a page that may be there, with rights that the VMA gives."""
+    for mm in mem.mms:
+        anon = 0
+        for vma, addrs, ptes in _entries(mm):
+            present, special = pte_present(ptes), pte_special(ptes)
+            private, moving = is_device_private_entry(ptes), is_migration_entry(ptes)
+            poisoned = is_hwpoison_entry(ptes)
+            anon += int(np.count_nonzero((present & ~special) | private | moving))
+            odd = ~(present | private | moving | poisoned)
+            odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
+            odd |= ~pte_none(ptes) & (special & ~present & ~private & ~moving & ~poisoned)
+            yield from _complain("page table", addrs, odd, f"an entry of no kind in {vma!r}")
+            writable = (present & pte_write(ptes)) | is_write_device_private_entry(ptes)
+            if not vma.vm_flags & VM_WRITE:
+                yield from _complain("page table", addrs, writable, f"writable in {vma!r}")
+            yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private)
+        if anon != mm.anon_rss:
+            yield f"anon_rss: {mm.name} says {mm.anon_rss}, its page tables hold {anon}"
+
+
+def _check_owner(
+    mem: MemMap, vma: Vma, addrs: Addresses, ptes: Ptes, normal: Mask, private: Mask
+) -> Complaints:
+    """The page behind each entry is of the right kind, and its rmap leads back here."""
+    pfns = np.concatenate((pte_pfn(ptes[normal]), swp_offset(ptes[private])))
+    places = np.concatenate((addrs[normal], addrs[private]))
+    device = np.repeat([False, True], [int(normal.sum()), int(private.sum())])
+    outside = (pfns < 0) | (pfns >= mem.limit_pfn)
+    yield from _complain("page table", pfns, outside, "no such frame")
+    pfns, places, device = pfns[~outside], places[~outside], device[~outside]
+    wrong = mem.is_device_private_page(pfns) != device
+    yield from _complain("page table", pfns, wrong, "entry and kind of memory do not agree")
+    index = ((places - vma.vm_start) >> PAGE_SHIFT) + vma.vm_pgoff
+    yield from _complain("index", pfns, mem.index[pfns] != index, f"not its offset in {vma!r}")
+    owners = [(a.number << 2) | 1 for a in vma.anon_vma_chain]
+    yield from _complain(
+        "mapping", pfns, ~np.isin(mem.mapping[pfns], owners), f"not an anon_vma of {vma!r}"
+    )
+
+
+def check_anon_vmas(mem: MemMap, census: Census) -> Complaints:
+    """Each anon_vma lists exactly the VMAs that name it, of address spaces that live."""
+    named: dict[int, list[Vma]] = {number: [] for number in mem.anon_vmas}
+    for mm in mem.mms:
+        for vma in mm.vmas:
+            for anon_vma in vma.anon_vma_chain:
+                named.setdefault(anon_vma.number, []).append(vma)
+    for number, vmas in named.items():
+        listed = mem.anon_vmas[number].vmas if number in mem.anon_vmas else []
+        if {id(v) for v in listed} != {id(v) for v in vmas} or not vmas:
+            yield f"anon_vma: {number} lists {listed}, named by {vmas}"
+
+
+def check_vmas(mem: MemMap, census: Census) -> Complaints:
+    """VMAs ascend without overlap; nothing is mapped outside them."""
+    for mm in mem.mms:
+        total, end = 0, 0
+        for vma in mm.vmas:
+            if not end <= vma.vm_start < vma.vm_end:
+                yield f"vma: {vma!r} of {mm.name} overlaps what ends at {end:#x}"
+            total += (vma.vm_end - vma.vm_start) >> PAGE_SHIFT
+            end = vma.vm_end
+        if total != mm.total_vm:
+            yield f"total_vm: {mm.name} says {mm.total_vm}, its VMAs span {total} pages"
+        inside = sum(ptes.size for _, _, ptes in _entries(mm))
+        runs = walk_page_range(mem.tables, mm.pgd, 0, 1 << 57, holes=False)
+        everywhere = sum(int(np.count_nonzero(run.ptes)) for run in runs)
+        if inside != everywhere:
+            yield f"page table: {mm.name} maps {everywhere - inside} pages outside its VMAs"
+
+
+def check_tables(mem: MemMap, census: Census) -> Complaints:
+    """Each table in use is reached once; each free one is empty."""
+    pool = mem.tables
+    tables = pool.entries[: pool.fresh * PTRS_PER_PTE].reshape(-1, PTRS_PER_PTE)
+    level = np.array([mm.pgd for mm in mem.mms] + mem.device_pgds, dtype=np.int64)
+    reached = [level]
+    for _ in range(4):
+        entries = tables[level]
+        level = pte_pfn(entries[entries != 0])
+        reached.append(level)
+    rows = np.concatenate(reached)
+    idle = np.setdiff1d(np.arange(pool.fresh), rows)
+    if np.unique(rows).size != rows.size or rows.size != pool.in_use:
+        yield f"page table: {pool.in_use} tables are in use, {rows.size} are reached"
+    if tables[idle].any():
+        yield "page table: a free table holds entries"
+    if mem.vmstat["nr_page_table_pages"] != pool.in_use:
+        yield f"nr_page_table_pages: says {mem.vmstat['nr_page_table_pages']}, not {pool.in_use}"
+
+
+_CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
+    check_zones,
+    check_free_pages,
+    check_counts,
+    check_flags,
+    check_lru,
+    check_entries,
+    check_anon_vmas,
+    check_vmas,
+    check_tables,
+)
+
+
+def dump_page(mem: MemMap, pfn: int) -> str:
+    """All that is known of one page, in a line. Linux: dump_page(), mm/debug.c."""
+    zone = mem.zones[int(mem.zone[pfn])]
+    return (
+        f"page {pfn:#x}: {zone.name if zone else 'hole'} refcount {mem.refcount[pfn]} "
+        f"mapcount {mem.mapcount[pfn]} mapping {mem.mapping[pfn]:#x} index {mem.index[pfn]:#x} "
+        f"flags {describe_flags(int(mem.flags[pfn]))}"
+    )

@@ -1,0 +1,86 @@
+"""What can go wrong, each with the errno that Linux would give.
+
+A wrong call raises one of these; a page that cannot move raises nothing and is data in the
+result. `KernelBug` and `DriverBug` are not for catching: they say that the model, or a driver,
+broke a rule that every caller relies on.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+
+class MmError(OSError):
+    """A call that Linux answers with an errno; *message* names the values and the way out."""
+
+    code: ClassVar[int] = errno.EINVAL
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.code, message)
+
+
+class InvalidArgument(MmError):
+    """EINVAL: a size, flag or object that the call cannot take."""
+
+
+class InvalidRange(InvalidArgument):
+    """EINVAL: a range that is empty, inverted, or outside what it must lie in."""
+
+
+class OutOfMemory(MmError):
+    """ENOMEM: no frame, no page-table page or no address space is left."""
+
+    code = errno.ENOMEM
+
+
+class OutOfRange(MmError):
+    """ERANGE: physical address space has no hole of that size."""
+
+    code = errno.ERANGE
+
+
+class PermissionDenied(MmError):
+    """EPERM: the mapping does not allow that access."""
+
+    code = errno.EPERM
+
+
+class Busy(MmError):
+    """EBUSY: something still uses what should go away."""
+
+    code = errno.EBUSY
+
+
+class Deadlock(MmError):
+    """EDEADLK: a thread would wait for something that it holds itself."""
+
+    code = errno.EDEADLK
+
+
+class SegmentationFault(MmError):
+    """EFAULT: no mapping at *address*, or one that forbids the access (SIGSEGV)."""
+
+    code = errno.EFAULT
+
+    def __init__(self, address: int, message: str) -> None:
+        super().__init__(message)
+        self.address = address
+
+
+class BusError(MmError):
+    """EFAULT: the mapping is there, its contents are lost (SIGBUS)."""
+
+    code = errno.EFAULT
+
+    def __init__(self, address: int, message: str) -> None:
+        super().__init__(message)
+        self.address = address
+
+
+class KernelBug(AssertionError):
+    """An invariant of the model is broken (VM_BUG_ON_PAGE)."""
+
+
+class DriverBug(AssertionError):
+    """A device driver broke the contract of the migration callbacks."""

@@ -1,0 +1,77 @@
+"""The page lock, over vectors of pages. Linux: mm/filemap.c, include/linux/pagemap.h.
+
+The lock is the bit PG_locked; `lock_owner` remembers the thread that set it, so that one which
+waits for itself is told so. Waiting goes through mm/locking.py.
+"""
+
+from __future__ import annotations
+
+from mm.errors import Deadlock, KernelBug
+from mm.locking import NOBODY, current, preempt
+from mm.page_flags import PG_locked
+from mm.types import MemMap
+from mm.typing import Mask, Pfns
+
+
+def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
+    """Lock those of *pfns* (distinct) that nobody has locked; True where that worked.
+
+    Linux: trylock_page(), include/linux/pagemap.h.
+    """
+    preempt("trylock_page")
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        unlocked = (flags & PG_locked) == 0
+        if unlocked.all():
+            mem.flags[pfns] = flags | PG_locked
+            mem.lock_owner[pfns] = current()
+        else:
+            mem.flags[pfns[unlocked]] |= PG_locked
+            mem.lock_owner[pfns[unlocked]] = current()
+    return unlocked
+
+
+def lock_page(mem: MemMap, pfns: Pfns) -> None:
+    """Lock *pfns* (distinct), waiting for each that another thread has locked.
+
+    Raises Deadlock where this thread has it. Linux: lock_page(), include/linux/pagemap.h.
+    """
+    missing = pfns[~trylock_page(mem, pfns)]
+    while missing.size:
+        wait_on_page_locked(mem, missing.item(0))
+        missing = missing[~trylock_page(mem, missing)]
+
+
+def wait_on_page_locked(mem: MemMap, pfn: int) -> None:
+    """Sleep until *pfn* is unlocked, holding no reference to it.
+
+    Unlike Linux v4.20, a waiter takes no reference: there it makes the owner's count of
+    references fail, so that enough waiters starve a migration (put_and_wait_on_page_locked()
+    mended it in v5.0). Raises Deadlock where this thread holds the lock.
+    Linux: wait_on_page_locked(), include/linux/pagemap.h.
+    """
+
+    def unlocked() -> bool:
+        return not mem.flags[pfn] & PG_locked
+
+    if unlocked():
+        return
+    if mem.lock_owner.item(pfn) == current():
+        raise Deadlock(
+            f"page {pfn:#x} is locked by the thread that waits for it; a driver's callback may "
+            f"not touch memory that it is migrating through the process"
+        )
+    mem.locks.wait_until(unlocked, f"page {pfn:#x}")
+
+
+def unlock_page(mem: MemMap, pfns: Pfns) -> None:
+    """Unlock *pfns* and wake whoever waits. Linux: unlock_page(), mm/filemap.c."""
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        if not (flags & PG_locked).all():
+            wrong = pfns[(flags & PG_locked) == 0]
+            raise KernelBug(f"unlock_page: not locked: {', '.join(map(hex, wrong[:8].tolist()))}")
+        mem.flags[pfns] = flags & ~PG_locked
+        mem.lock_owner[pfns] = NOBODY
+        mem.locks.wake_up()
+    preempt("unlock_page")

@@ -1,0 +1,240 @@
+"""All waiting happens here, and every place where another thread may come in between.
+
+Order of the locks, outermost first, as in the kernel:
+
+    mmap_sem            RwSemaphore   one per mm; held for read in faults and migrations
+      page lock         PG_locked     mm/filemap.py, bits with this file's waiting behind them
+        anon_vma lock   RwSemaphore   one per tree of anon_vmas
+          page table    SpinLock      one per mm
+            atomic      Locks.atomic  the short section that stands for atomic instructions
+
+A thread that would wait for itself gets a `Deadlock` that says for what. By default threads are
+those of the interpreter. A test may install a scheduler, which is then asked at every named
+preemption point who goes on, and so can try interleavings one by one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Protocol
+
+from mm.errors import Deadlock
+
+NOBODY: Final = 0
+
+
+class Scheduler(Protocol):
+    """Decides who runs, in place of the interpreter."""
+
+    def preempt(self, point: str) -> None:
+        """The running thread is at *point*; another one may go first."""
+
+    def wait(self, ready: Callable[[], bool], what: str) -> None:
+        """Let others run until *ready*() holds; called with no lock of this file held."""
+
+
+_scheduler: Scheduler | None = None
+
+
+def install_scheduler(scheduler: Scheduler | None) -> None:
+    """Hand every preemption point to *scheduler*; None gives them back to the interpreter."""
+    global _scheduler  # noqa: PLW0603 - one scheduler for all threads is the point of it
+    _scheduler = scheduler
+
+
+def preempt(point: str) -> None:
+    """A named place where another thread may come in between. Linux: cond_resched()."""
+    if _scheduler is not None:
+        _scheduler.preempt(point)
+
+
+class _Threads(threading.local):
+    """Gives each thread a small number, which fits the column `lock_owner`."""
+
+    def __init__(self) -> None:
+        with _numbers_lock:
+            self.number = _numbers.pop() if _numbers else next(_fresh_numbers)
+        self._returner = _NumberReturner(self.number)
+
+
+class _NumberReturner:
+    """Takes a thread's number back when the thread's locals go."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        _numbers.append(self.number)
+
+
+_numbers: list[int] = []
+_numbers_lock = threading.Lock()
+_fresh_numbers = iter(range(1, 1 << 16))
+_threads = _Threads()
+
+
+def current() -> int:
+    """The number of the running thread, 1 to 65535. Linux: current, asm/current.h."""
+    return _threads.number
+
+
+class Locks:
+    """The waiting room of one machine, and its short atomic section."""
+
+    def __init__(self) -> None:
+        self.atomic = threading.Lock()
+        self._changed = threading.Condition(self.atomic)
+        self._waiting = 0
+
+    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        """Sleep until *ready*(), which is asked again after each wake_up()."""
+        if _scheduler is not None:
+            _scheduler.wait(ready, what)
+            return
+        with self.atomic:
+            self._waiting += 1
+            try:
+                while not ready():
+                    self._changed.wait()
+            finally:
+                self._waiting -= 1
+
+    def wake_up(self) -> None:
+        """Let every waiter look again; called with `atomic` held. Linux: wake_up_all()."""
+        if self._waiting:
+            self._changed.notify_all()
+
+
+class SpinLock:
+    """A lock that one thread holds for a short while; `with lock:`. Linux: spinlock_t."""
+
+    __slots__ = ("holder", "locks", "name")
+
+    def __init__(self, locks: Locks, name: str) -> None:
+        self.locks = locks
+        self.name = name
+        self.holder = NOBODY
+
+    def _try(self) -> bool:
+        if self.holder == NOBODY:
+            self.holder = current()
+            return True
+        return False
+
+    def __enter__(self) -> None:
+        preempt(self.name)
+        with self.locks.atomic:
+            if self._try():
+                return
+        if self.holder == current():
+            raise Deadlock(f"{self.name} is taken again by the thread that holds it")
+        self.locks.wait_until(self._try, self.name)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self.locks.atomic:
+            self.holder = NOBODY
+            self.locks.wake_up()
+        preempt(self.name)
+
+
+class RwSemaphore:
+    """Many readers or one writer. Linux: struct rw_semaphore, include/linux/rwsem.h.
+
+    A reader may take it again, as a driver does that touches memory of the process whose fault
+    it serves; a reader that wants to write would wait for itself and gets a Deadlock.
+    """
+
+    __slots__ = ("locks", "name", "readers", "writer")
+
+    def __init__(self, locks: Locks, name: str) -> None:
+        self.locks = locks
+        self.name = name
+        self.readers: dict[int, int] = {}
+        self.writer = NOBODY
+
+    def read(self) -> _Held:
+        """`with sem.read():`. Linux: down_read(), up_read()."""
+        return _Held(self._down_read, self._up_read)
+
+    def write(self) -> _Held:
+        """`with sem.write():`. Linux: down_write(), up_write()."""
+        return _Held(self._down_write, self._up_write)
+
+    def held(self) -> bool:
+        """True if the running thread has it, for read or write. Linux: lockdep_is_held()."""
+        me = current()
+        return self.writer == me or me in self.readers
+
+    def _try_read(self) -> bool:
+        if self.writer != NOBODY:
+            return False
+        me = current()
+        self.readers[me] = self.readers.get(me, 0) + 1
+        return True
+
+    def _try_write(self) -> bool:
+        if self.writer != NOBODY or self.readers:
+            return False
+        self.writer = current()
+        return True
+
+    def _down_read(self) -> None:
+        self._down(self._try_read, holds=self.writer == current())
+
+    def _down_write(self) -> None:
+        self._down(self._try_write, holds=self.held())
+
+    def _down(self, attempt: Callable[[], bool], *, holds: bool) -> None:
+        preempt(self.name)
+        if holds:
+            raise Deadlock(
+                f"{self.name} is wanted by the thread that holds it; a callback may not map, "
+                f"unmap or exit the process that it works for"
+            )
+        with self.locks.atomic:
+            if attempt():
+                return
+        self.locks.wait_until(attempt, self.name)
+
+    def _up_read(self) -> None:
+        me = current()
+        with self.locks.atomic:
+            self.readers[me] -= 1
+            if not self.readers[me]:
+                del self.readers[me]
+                self.locks.wake_up()
+        preempt(self.name)
+
+    def _up_write(self) -> None:
+        with self.locks.atomic:
+            self.writer = NOBODY
+            self.locks.wake_up()
+        preempt(self.name)
+
+
+class _Held:
+    """What `with` holds between taking and giving back."""
+
+    __slots__ = ("down", "up")
+
+    def __init__(self, down: Callable[[], None], up: Callable[[], None]) -> None:
+        self.down = down
+        self.up = up
+
+    def __enter__(self) -> None:
+        self.down()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.up()

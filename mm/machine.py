@@ -1,0 +1,115 @@
+"""A machine: nodes of memory, and everything that stands on them.
+
+The one file that knows everybody: it boots the zones, keeps the processes, and asks debug to
+verify the lot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from mm.debug import verify
+from mm.errors import InvalidArgument
+from mm.gfp import GFP_KERNEL, Gfp
+from mm.memparse import Size, format_size, memparse
+from mm.page_alloc import alloc_pages_bulk, build_nodes, nr_free_pages
+from mm.page_flags import PG_reserved
+from mm.pgtable import PTRS_PER_PTE
+from mm.process import Process
+from mm.swap import lru_add_drain_all
+from mm.types import BYTES_PER_PAGE, MemMap
+from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.vmstat import VmStat
+
+MIN_NODE: Final = 1 << 20
+DEVICE_SPACE: Final = 64 << 30  # room for device memory above the system's, unless asked for more
+
+
+class Machine:
+    """Memory, processes and devices of one simulated computer.
+
+    nodes: size of each NUMA node. swap: size of the swap area; only "0" so far. payload: keep the
+    contents of pages; without, terabytes can be simulated. cpus: their number, spread evenly
+    over the nodes. debug: fill freed pages with junk, so that use after free is seen.
+    max_physmem: end of physical address space, which bounds the memory of all devices.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Size] = ("512MiB",),
+        swap: Size = "0",
+        payload: bool = True,
+        cpus: int = 2,
+        *,
+        debug: bool = False,
+        max_physmem: Size | None = None,
+    ) -> None:
+        sizes = _node_pages(nodes)
+        if memparse(swap):
+            raise InvalidArgument(f'swap={swap!r}: there is no swap yet; use swap="0"')
+        if cpus < 1:
+            raise InvalidArgument(f"cpus={cpus}: a machine has at least one")
+        total = sum(sizes)
+        limit = total + max(total, DEVICE_SPACE >> PAGE_SHIFT)
+        if max_physmem is not None:
+            limit = memparse(max_physmem) >> PAGE_SHIFT
+        if limit < total:
+            raise InvalidArgument(
+                f"max_physmem={max_physmem!r} is less than the nodes hold, "
+                f"{format_size(total << PAGE_SHIFT)}"
+            )
+        tables = 2 * (total // PTRS_PER_PTE) + (1 << 15)
+        self.mem = MemMap(total, limit, tables=tables, payload=payload, cpus=cpus)
+        self.mem.debug = debug
+        self.mem.cpu_to_node = [cpu * len(sizes) // cpus for cpu in range(cpus)]
+        build_nodes(self.mem, sizes)
+        self._boot_zero_page()
+
+    def _boot_zero_page(self) -> None:
+        """Linux: empty_zero_page, arch/x86/kernel/head_64.S."""
+        zero = alloc_pages_bulk(self.mem, GFP_KERNEL | Gfp.ZERO, 0, 1)
+        self.mem.flags[zero] |= PG_reserved
+        self.mem.zero_pfn = zero.item(0)
+
+    def __repr__(self) -> str:
+        sizes = (format_size((n.end_pfn - n.start_pfn) * PAGE_SIZE) for n in self.mem.nodes)
+        return f"<Machine {' + '.join(sizes)}, {len(self.mem.mms)} processes>"
+
+    def spawn(self, name: str = "task", cpu: int = 0) -> Process:
+        """A new process with an empty address space, running on *cpu*."""
+        if not 0 <= cpu < len(self.mem.cpu_to_node):
+            raise InvalidArgument(f"cpu {cpu}: this machine has {len(self.mem.cpu_to_node)}")
+        return Process(self.mem, name, cpu)
+
+    @property
+    def vmstat(self) -> VmStat:
+        """The counters of /proc/vmstat."""
+        return self.mem.vmstat
+
+    @property
+    def nr_free_pages(self) -> int:
+        """Frames that nobody uses, once what is on its way to the LRU has got there."""
+        lru_add_drain_all(self.mem)
+        return nr_free_pages(self.mem)
+
+    @property
+    def metadata_bytes_per_page(self) -> int:
+        """What the columns take for each page."""
+        return BYTES_PER_PAGE
+
+    def verify(self) -> None:
+        """Check every rule of docs/data-model.md; raises KernelBug that names what is broken."""
+        verify(self.mem)
+
+
+def _node_pages(nodes: Sequence[Size]) -> list[int]:
+    if isinstance(nodes, str) or not nodes:
+        raise InvalidArgument(f'nodes={nodes!r}: give a size for each node, as ("512MiB",)')
+    sizes = [memparse(size) for size in nodes]
+    for size in sizes:
+        if size < MIN_NODE or size % MIN_NODE:
+            raise InvalidArgument(
+                f"a node of {format_size(size)}: its size must be a multiple of 1 MiB"
+            )
+    return [size >> PAGE_SHIFT for size in sizes]

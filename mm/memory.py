@@ -1,0 +1,284 @@
+"""Faults, and taking mappings away. Linux: mm/memory.c.
+
+handle_mm_fault() gets a vector of addresses of one VMA that a thread touched and could not
+reach. By what the page table holds there each goes one way:
+
+    nothing                    do_anonymous_page   the zero page for a read, a frame for a write
+    not present                do_swap_page        in device memory, on its way, or lost
+    present, wants to store    do_wp_page          its own copy, or the page as it is if unshared
+
+A fault may end well and yet leave the entry as it was: the caller looks again and comes back,
+as a CPU runs its instruction again.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.errors import KernelBug
+from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
+from mm.locking import preempt
+from mm.migrate import migration_entry_wait
+from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.page_alloc import alloc_pages_bulk
+from mm.page_flags import PG_active, PG_uptodate
+from mm.pagewalk import Run, walk_page_range
+from mm.pgtable import (
+    _PAGE_DEVMAP,
+    _PAGE_DIRTY,
+    _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
+    _PAGE_SPECIAL,
+    mk_pte,
+    pte_alloc_each,
+    pte_none,
+    pte_offset,
+    pte_pfn,
+    pte_present,
+    pte_special,
+    pte_write,
+)
+from mm.rmap import (
+    anon_vma_prepare,
+    contiguous_runs,
+    page_add_new_anon_rmap,
+    page_remove_rmap,
+)
+from mm.swap import lru_cache_add, put_page
+from mm.swapops import (
+    is_device_private_entry,
+    is_hwpoison_entry,
+    is_migration_entry,
+    make_device_private_entry,
+    swp_offset,
+)
+from mm.trace import TracePoint
+from mm.types import VM_WRITE, MemMap, MmStruct, VmFault, Vma
+from mm.typing import Addresses, Indices, Pfns, Ptes, pages
+
+Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
+
+page_fault_user: Final = TracePoint("page_fault_user")
+
+
+def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) -> Faults:
+    """Serve faults at *addrs* (page addresses inside *vma*, ascending); a VmFault word for each.
+
+    Called with mmap_sem held for read; the caller has checked that *vma* allows the access.
+    Linux: handle_mm_fault(), mm/memory.c.
+    """
+    preempt("handle_mm_fault")
+    mm = vma.vm_mm
+    mm.mem.vmstat.add("pgfault", addrs.size)
+    if page_fault_user:
+        page_fault_user(process=mm.name, addrs=addrs, write=write)
+    with mm.page_table_lock:
+        pte_alloc_each(mm.mem.tables, mm.pgd, addrs)
+    at = pte_offset(mm.mem.tables, mm.pgd, addrs)
+    ptes = mm.mem.tables.entries[at]
+    faults = np.zeros(addrs.size, dtype=np.uint16)
+
+    none = pte_none(ptes)
+    if none.all():
+        return do_anonymous_page(vma, addrs, at, write=write, cpu=cpu)
+    present = pte_present(ptes)
+    away = ~none & ~present
+    kept = present & ~pte_write(ptes) if write else np.zeros_like(none)
+    if none.any():
+        faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write, cpu=cpu)
+    if away.any():
+        faults[away] = do_swap_page(vma, addrs[away], ptes[away], write=write)
+    if kept.any():
+        faults[kept] = do_wp_page(vma, addrs[kept], at[kept], cpu=cpu)
+    return faults
+
+
+def do_anonymous_page(
+    vma: Vma, addrs: Addresses, at: Indices, *, write: bool, cpu: int = 0
+) -> Faults:
+    """First touch: map the zero page for reads, zeroed frames for writes.
+
+    Linux: do_anonymous_page(), mm/memory.c.
+    """
+    mm, mem = vma.vm_mm, vma.vm_mm.mem
+    if not write:
+        zero = mk_pte(pages(mem.zero_pfn), vma.vm_page_prot)[0] | _PAGE_SPECIAL
+        with mm.page_table_lock:
+            empty = at[pte_none(mem.tables.entries[at])]
+            mem.tables.entries[empty] = zero
+        mem.vmstat.add("zeropage_read_faults", addrs.size)
+        return np.zeros(addrs.size, dtype=np.uint16)
+
+    pfns, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    with mm.page_table_lock:
+        here = at[: pfns.size]
+        empty = pte_none(mem.tables.entries[here])
+        mine = pfns if empty.all() else pfns[empty]
+        _map_new_pages(vma, addrs[: pfns.size][empty], here[empty], mine)
+        mm.anon_rss += mine.size
+    lru_cache_add_active(mem, mine, cpu)
+    if mine.size < pfns.size:
+        put_page(mem, pfns[~empty], cpu)  # another thread was first
+    return faults
+
+
+def _alloc_zeroed_pages(vma: Vma, count: int, cpu: int) -> tuple[Pfns, Faults]:
+    """Up to *count* zeroed frames, and what each of *count* faults comes to by that."""
+    mem = vma.vm_mm.mem
+    anon_vma_prepare(vma)
+    nid = mem.cpu_to_node[cpu]
+    pfns = alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE | Gfp.ZERO, nid, count, cpu)
+    faults = np.zeros(count, dtype=np.uint16)
+    faults[pfns.size :] = VmFault.OOM
+    return pfns, faults
+
+
+def _map_new_pages(vma: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
+    """Writable, dirty entries for fresh anonymous *pfns*, under the page-table lock."""
+    mem = vma.vm_mm.mem
+    mem.flags[pfns] |= PG_uptodate
+    page_add_new_anon_rmap(vma, pfns, addrs)
+    mem.tables.entries[at] = anon_entries(vma, pfns)
+
+
+def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
+    """Entries for fresh anonymous *pfns*: dirty, and writable as far as *vma* is.
+
+    Device-private pages, which are all of *pfns* or none, get the entries that stand for them.
+    """
+    mem = vma.vm_mm.mem
+    writable = bool(vma.vm_flags & VM_WRITE)
+    if pfns.size and mem.is_device_private_page(pfns[:1])[0]:
+        return make_device_private_entry(pfns, np.full(pfns.size, writable))
+    prot = vma.vm_page_prot | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+    if pfns.size and mem.is_device_public_page(pfns[:1])[0]:
+        prot |= _PAGE_DEVMAP
+    return mk_pte(pfns, prot | _PAGE_RW if writable else prot)
+
+
+def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """Put fresh *pfns* on the active list. Linux: lru_cache_add_active_or_unevictable()."""
+    mem.flags[pfns] |= PG_active
+    lru_cache_add(mem, pfns, cpu)
+
+
+def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, cpu: int = 0) -> Faults:
+    """A store to read-only entries of a writable mapping: use the page, or copy it.
+
+    A page that only this entry maps is made writable as it is. The zero page, and one that
+    others map too, is copied. Linux: do_wp_page(), mm/memory.c.
+    """
+    mem = vma.vm_mm.mem
+    with vma.vm_mm.page_table_lock:
+        ptes = mem.tables.entries[at]
+        readonly = pte_present(ptes) & ~pte_write(ptes)
+        sole = readonly & ~pte_special(ptes) & (mem.mapcount[pte_pfn(ptes)] == 1)
+        mem.tables.entries[at[sole]] |= _PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+    faults = np.zeros(addrs.size, dtype=np.uint16)
+    shared = readonly & ~sole
+    if shared.any():
+        faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared], cpu=cpu)
+    return faults
+
+
+def wp_page_copy(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, cpu: int = 0) -> Faults:
+    """Frames of their own in place of the pages in *ptes*, with the same contents.
+
+    An entry that has changed meanwhile stays as it is. Linux: wp_page_copy(), mm/memory.c.
+    """
+    mm, mem = vma.vm_mm, vma.vm_mm.mem
+    new, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    addrs, at, ptes = addrs[: new.size], at[: new.size], ptes[: new.size]
+    old, zero = pte_pfn(ptes), pte_special(ptes)
+    if mem.payload is not None and not zero.all():
+        mem.payload[new[~zero]] = mem.payload[old[~zero]]
+
+    for start, end in contiguous_runs(addrs) if addrs.size else []:
+        near = slice(*np.searchsorted(addrs, (start, end)).tolist())
+        with (
+            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
+            mm.page_table_lock,
+        ):
+            same = mem.tables.entries[at[near]] == ptes[near]
+            _map_new_pages(vma, addrs[near][same], at[near][same], new[near][same])
+            replaced = old[near][same & ~zero[near]]
+            mm.anon_rss += int(np.count_nonzero(same & zero[near]))
+            page_remove_rmap(mem, replaced)
+        put_page(mem, replaced, cpu)
+        put_page(mem, new[near][~same], cpu)
+        lru_cache_add_active(mem, new[near][same], cpu)
+    mem.vmstat.add("cow_faults", new.size)
+    return faults
+
+
+def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faults:
+    """Accesses to pages that are not there: wait for them, or have the device bring them.
+
+    Linux: do_swap_page(), mm/memory.c.
+    """
+    mem = vma.vm_mm.mem
+    faults = np.zeros(addrs.size, dtype=np.uint16)
+    moving = is_migration_entry(ptes)
+    private = is_device_private_entry(ptes)
+    lost = is_hwpoison_entry(ptes)
+
+    faults[lost] = VmFault.HWPOISON
+    if private.any():
+        pfns = swp_offset(ptes[private])
+        faults[private] = _device_private_entry_fault(vma, addrs[private], pfns, write=write)
+    if moving.any():
+        migration_entry_wait(mem, swp_offset(ptes[moving]))
+    unknown = ~(moving | private | lost)
+    if unknown.any():
+        raise KernelBug(
+            f"bad page table entry {ptes[unknown][0]:#x} at {addrs[unknown][0]:#x} of {vma!r}"
+        )
+    return faults
+
+
+def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write: bool) -> Faults:
+    """Ask each device to migrate its pages back. Linux: device_private_entry_fault()."""
+    mem = vma.vm_mm.mem
+    mem.vmstat.add("device_private_faults", addrs.size)
+    faults = np.zeros(addrs.size, dtype=np.uint16)
+    owners = mem.zone[pfns]
+    for index in np.unique(owners).tolist():
+        zone = mem.zones[index]
+        ours = owners == index
+        if zone is None or zone.pgmap is None:
+            raise KernelBug(f"device-private entry for PFN {pfns[ours][0]:#x}, which no device has")
+        faults[ours] = zone.pgmap.page_fault(vma, addrs[ours], pfns[ours], write=write)
+    return faults
+
+
+def zap_pte_range(mm: MmStruct, start: int, end: int) -> None:
+    """Take every mapping in [*start*, *end*) away and drop its reference.
+
+    The caller has told the notifiers. Linux: zap_pte_range(), mm/memory.c.
+    """
+    for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
+        with mm.page_table_lock:
+            gone = _zap_run(mm, run)
+        put_page(mm.mem, gone)
+
+
+def _zap_run(mm: MmStruct, run: Run) -> Pfns:
+    """Empty the entries of *run*; the pages that lose a reference by it."""
+    ptes = run.ptes
+    mapped = pte_present(ptes) & ~pte_special(ptes)
+    private = is_device_private_entry(ptes)
+    moving = is_migration_entry(ptes)
+    pfns = np.concatenate((pte_pfn(ptes[mapped]), swp_offset(ptes[private])))
+    ptes[:] = 0
+    page_remove_rmap(mm.mem, pfns)
+    mm.anon_rss -= pfns.size + int(np.count_nonzero(moving))
+    return pfns
+
+
+def zap_page_range(mm: MmStruct, start: int, end: int, event: MmuNotifyEvent) -> None:
+    """Unmap [*start*, *end*) and let *event* be known. Linux: zap_page_range(), mm/memory.c."""
+    with mmu_notifier_range(mm, start, end, event):
+        zap_pte_range(mm, start, end)

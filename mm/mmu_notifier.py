@@ -1,0 +1,86 @@
+"""Tells those who keep copies of page tables what changes in the original.
+
+Between start and end of a range no copy may answer for it. Linux: mm/mmu_notifier.c; events and
+owner are as in v5.9, where a driver learned to pass over the migrations that it asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from mm.types import MmStruct
+
+
+class MmuNotifyEvent(Enum):
+    """Why a range is invalidated. Linux: enum mmu_notifier_event."""
+
+    UNMAP = "unmap"  # munmap, mremap
+    CLEAR = "clear"  # entries replaced one by one: COW, reclaim, migration by others
+    MIGRATE = "migrate"  # migrate_vma; `owner` says for whom
+    RELEASE = "release"  # the address space goes
+
+
+@dataclass(frozen=True, slots=True)
+class MmuNotifierRange:
+    """What a notifier hears. Linux: struct mmu_notifier_range."""
+
+    mm: MmStruct
+    start: int
+    end: int
+    event: MmuNotifyEvent
+    owner: object = None
+
+
+class MmuNotifier(Protocol):
+    """A listener on one address space. Linux: struct mmu_notifier_ops."""
+
+    def invalidate_range_start(self, invalid: MmuNotifierRange) -> None:
+        """Entries of the range are about to change: forget them."""
+
+    def invalidate_range_end(self, invalid: MmuNotifierRange) -> None:
+        """The change is done."""
+
+    def release(self, mm: MmStruct) -> None:
+        """The address space is about to go: forget all of it."""
+
+
+def mmu_notifier_register(notifier: MmuNotifier, mm: MmStruct) -> None:
+    """Let *notifier* hear of every change in *mm*. Linux: mmu_notifier_register()."""
+    mm.notifiers.append(notifier)
+
+
+def mmu_notifier_unregister(notifier: MmuNotifier, mm: MmStruct) -> None:
+    """Stop that. Linux: mmu_notifier_unregister()."""
+    mm.notifiers.remove(notifier)
+
+
+@contextmanager
+def mmu_notifier_range(
+    mm: MmStruct, start: int, end: int, event: MmuNotifyEvent, owner: object = None
+) -> Iterator[None]:
+    """Invalidate [*start*, *end*) around the block.
+
+    Linux: mmu_notifier_invalidate_range_start() and _end().
+    """
+    if not mm.notifiers:
+        yield
+        return
+    invalid = MmuNotifierRange(mm, start, end, event, owner)
+    listeners = tuple(mm.notifiers)
+    for notifier in listeners:
+        notifier.invalidate_range_start(invalid)
+    try:
+        yield
+    finally:
+        for notifier in listeners:
+            notifier.invalidate_range_end(invalid)
+
+
+def mmu_notifier_release(mm: MmStruct) -> None:
+    """Tell every listener that *mm* goes, and forget them. Linux: __mmu_notifier_release()."""
+    while mm.notifiers:
+        mm.notifiers.pop().release(mm)

@@ -1,0 +1,137 @@
+"""A process: an address space, and the system calls and memory accesses made in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mm.array import ProcessArray
+from mm.errors import InvalidArgument, InvalidRange
+from mm.gup import Pin, pin_user_pages
+from mm.memparse import Size, memparse
+from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
+from mm.types import (
+    VM_EXEC,
+    VM_MAYEXEC,
+    VM_MAYREAD,
+    VM_MAYWRITE,
+    VM_READ,
+    VM_WRITE,
+    MemMap,
+    MmStruct,
+    Vma,
+)
+from mm.uaccess import copy_from_user, copy_to_user, touch_pages
+
+_PROT = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
+
+
+class Process:
+    """A task with its own mm_struct; made by `Machine.spawn()`. Linux: struct task_struct."""
+
+    def __init__(self, mem: MemMap, name: str, cpu: int = 0) -> None:
+        self.name = name
+        self.cpu = cpu  # that it runs on: whose node and lists serve its faults
+        self.mm = MmStruct(mem, name)
+
+    def __repr__(self) -> str:
+        return f"<Process {self.name}{', exited' if self.mm.exited else ''}>"
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.exit()
+
+    def mmap(
+        self,
+        length: Size,
+        prot: str = "rw",
+        flags: str = "anon|private",
+        file: None = None,
+        addr: int | None = None,
+    ) -> int:
+        """Map *length* bytes of zeros; the address.
+
+        *prot*: letters of r, w, x, or "-" for none. *addr*: exactly there, in place of what was
+        mapped before (MAP_FIXED). Only anonymous private memory can be mapped so far.
+        Raises InvalidArgument, InvalidRange, OutOfMemory. Linux: mmap(2).
+        """
+        if set(flags.split("|")) != {"anon", "private"} or file is not None:
+            raise InvalidArgument(
+                f'mmap: flags {flags!r} with file {file!r} cannot be mapped; use "anon|private"'
+            )
+        wrong = sorted(set(prot) - set(_PROT))
+        if wrong or not prot:
+            raise InvalidArgument(f'mmap: prot {prot!r} is not made of the letters r, w, x or "-"')
+        vm_flags = VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
+        for letter in prot:
+            vm_flags |= _PROT[letter]
+        mm = self._alive()
+        with mm.mmap_sem.write():
+            return do_mmap(mm, addr, memparse(length), vm_flags)
+
+    def munmap(self, addr: int, length: Size) -> None:
+        """Unmap [*addr*, *addr* + *length*). Linux: munmap(2)."""
+        mm = self._alive()
+        with mm.mmap_sem.write():
+            do_munmap(mm, addr, memparse(length))
+
+    def exit(self) -> None:
+        """Give all memory back; later calls do nothing. Linux: mmput(), kernel/fork.c."""
+        if self.mm.exited:
+            return
+        with self.mm.mmap_sem.write():
+            exit_mmap(self.mm)
+
+    def find_vma(self, addr: int) -> Vma | None:
+        """The VMA that holds *addr*, None where nothing is mapped."""
+        vma = find_vma(self.mm, addr)
+        return vma if vma is not None and vma.vm_start <= addr else None
+
+    def read(self, addr: int, nbytes: int) -> bytes:
+        """CPU load of *nbytes*. Raises SegmentationFault, BusError, OutOfMemory."""
+        self._check_range("read", addr, nbytes)
+        out = np.empty(nbytes, dtype=np.uint8)
+        copy_from_user(self._alive(), addr, out, cpu=self.cpu)
+        return out.tobytes()
+
+    def write(self, addr: int, data: Any) -> None:
+        """CPU store of *data*, anything with a buffer. Raises as read(); a fault in the middle
+        leaves what came before it stored."""
+        raw = np.frombuffer(data, dtype=np.uint8)
+        self._check_range("write", addr, raw.size)
+        copy_to_user(self._alive(), addr, raw, cpu=self.cpu)
+
+    def touch(self, addr: int, nbytes: Size, *, write: bool = True) -> None:
+        """CPU access to each page of a range that leaves the bytes as they are."""
+        size = memparse(nbytes)
+        self._check_range("touch", addr, size)
+        touch_pages(self._alive(), addr, size, write=write, cpu=self.cpu)
+
+    def array(self, shape: int | tuple[int, ...], dtype: Any = "float64") -> ProcessArray:
+        """New anonymous memory that looks like an array of zeros."""
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        kind = np.dtype(dtype)
+        if kind.hasobject or kind.itemsize == 0 or any(extent < 1 for extent in shape):
+            raise InvalidArgument(f"array: no memory holds shape {shape} of dtype {dtype!r}")
+        addr = self.mmap(int(np.prod(shape, dtype=object)) * kind.itemsize)
+        return ProcessArray(self.mm, addr, shape, kind, self.cpu)
+
+    def pin(self, addr: int, nbytes: Size, *, write: bool = True) -> Pin:
+        """Hold the pages of a range in place, as a device does that reads them by DMA."""
+        size = memparse(nbytes)
+        self._check_range("pin", addr, size)
+        return pin_user_pages(self._alive(), addr, size, write=write, cpu=self.cpu)
+
+    def _alive(self) -> MmStruct:
+        if self.mm.exited:
+            raise InvalidArgument(f"process {self.name} has exited")
+        return self.mm
+
+    def _check_range(self, call: str, addr: int, nbytes: int) -> None:
+        if nbytes < 0 or addr < 0 or addr + nbytes > TASK_SIZE_MAX:
+            raise InvalidRange(
+                f"{call}: [{addr:#x}, {addr + nbytes:#x}) is not inside [0, {TASK_SIZE_MAX:#x})"
+            )

@@ -1,0 +1,296 @@
+"""Reverse mapping: from pages to the page-table entries that hold them. Linux: mm/rmap.c.
+
+A page knows its anon_vma and its page offset; the anon_vma lists the VMAs in which such pages may
+be mapped; each VMA turns the offset into an address. All of it is done for a vector of pages
+with one loop over VMAs.
+
+The two ends of a migration stand here as well, unlike in Linux (`mm/migrate.c`): they walk the
+rmap, and reclaim and compaction need them from below: try_to_unmap() puts migration entries in
+place of a page, remove_migration_ptes() puts the page, or the one that replaces it, back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from mm.errors import KernelBug
+from mm.locking import RwSemaphore
+from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.page_flags import PG_dirty, PG_swapbacked
+from mm.page_vma_mapped import page_vma_mapped_walk
+from mm.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_DEVMAP,
+    _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
+    mk_pte,
+    pte_dirty,
+    pte_present,
+    pte_soft_dirty,
+    pte_write,
+)
+from mm.swap import get_page, put_page
+from mm.swapops import (
+    SWP_SOFT_DIRTY,
+    is_write_device_private_entry,
+    is_write_migration_entry,
+    make_device_private_entry,
+    make_hwpoison_entry,
+    make_migration_entry,
+    pte_swp_soft_dirty,
+)
+from mm.types import (
+    PAGE_MAPPING_ANON,
+    VM_WRITE,
+    AnonVma,
+    MemMap,
+    Vma,
+    linear_page_index,
+    vma_pages,
+)
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
+
+_ONE: Final = np.int32(1)
+
+
+def anon_vma_prepare(vma: Vma) -> AnonVma:
+    """The anon_vma for new pages of *vma*, made or shared with a neighbour where it has none.
+
+    Linux: __anon_vma_prepare(), mm/rmap.c.
+    """
+    if vma.anon_vma is None:
+        anon_vma = _mergeable_anon_vma(vma) or _anon_vma_alloc(vma.vm_mm.mem)
+        vma.anon_vma = anon_vma
+        _link(vma, anon_vma)
+    return vma.anon_vma
+
+
+def _anon_vma_alloc(mem: MemMap) -> AnonVma:
+    number = mem.next_anon_vma
+    mem.next_anon_vma += 1
+    anon_vma = AnonVma(number, RwSemaphore(mem.locks, f"anon_vma {number}"), [])
+    mem.anon_vmas[number] = anon_vma
+    return anon_vma
+
+
+def _mergeable_anon_vma(vma: Vma) -> AnonVma | None:
+    """A neighbour's anon_vma, so that the two may merge later. Linux: find_mergeable_anon_vma()."""
+    vmas = vma.vm_mm.vmas
+    at = vmas.index(vma)
+    for left, right in ((at, at + 1), (at - 1, at)):
+        if left < 0 or right >= len(vmas):
+            continue
+        before, after = vmas[left], vmas[right]
+        near = after if before is vma else before
+        if (
+            near.anon_vma is not None
+            and len(near.anon_vma_chain) == 1
+            and before.vm_end == after.vm_start
+            and not (before.vm_flags ^ after.vm_flags) & ~VM_WRITE
+            and before.vm_file is after.vm_file
+            and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
+        ):
+            return near.anon_vma
+    return None
+
+
+def _link(vma: Vma, anon_vma: AnonVma) -> None:
+    with anon_vma.rwsem.write():
+        anon_vma.vmas.append(vma)
+    vma.anon_vma_chain.append(anon_vma)
+
+
+def anon_vma_clone(dst: Vma, src: Vma) -> None:
+    """List *dst* wherever *src* is listed, as a split or copied VMA needs. Linux: mm/rmap.c."""
+    for anon_vma in src.anon_vma_chain:
+        _link(dst, anon_vma)
+    dst.anon_vma = src.anon_vma
+
+
+def unlink_anon_vmas(vma: Vma) -> None:
+    """Take *vma* out of every anon_vma, and drop those that list nothing. Linux: mm/rmap.c."""
+    for anon_vma in vma.anon_vma_chain:
+        with anon_vma.rwsem.write():
+            anon_vma.vmas.remove(vma)
+        if not anon_vma.vmas:
+            del vma.vm_mm.mem.anon_vmas[anon_vma.number]
+    vma.anon_vma_chain.clear()
+    vma.anon_vma = None
+
+
+def page_add_new_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses) -> None:
+    """First mapping of fresh *pfns* at *addrs*. Linux: page_add_new_anon_rmap(), mm/rmap.c."""
+    mem = vma.vm_mm.mem
+    assert vma.anon_vma is not None
+    mem.flags[pfns] |= PG_swapbacked
+    mem.mapcount[pfns] = 1
+    mem.mapping[pfns] = (vma.anon_vma.number << 2) | PAGE_MAPPING_ANON
+    mem.index[pfns] = linear_page_index(vma, addrs)
+    mem.vmstat.add("nr_anon_pages", pfns.size)
+
+
+def page_add_anon_rmap(mem: MemMap, pfns: Pfns) -> None:
+    """One more mapping of each of *pfns*, which may repeat. Linux: page_add_anon_rmap()."""
+    with mem.locks.atomic:
+        before = int(np.count_nonzero(mem.mapcount[pfns]))
+        np.add.at(mem.mapcount, pfns, _ONE)
+    mem.vmstat.add("nr_anon_pages", pfns.size - before)
+
+
+def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
+    """One mapping less of each of *pfns* (distinct). Linux: page_remove_rmap(), mm/rmap.c."""
+    with mem.locks.atomic:
+        left = mem.mapcount[pfns] - _ONE
+        mem.mapcount[pfns] = left
+    if left.min(initial=0) < 0:
+        raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
+    mem.vmstat.add("nr_anon_pages", int(np.count_nonzero(left)) - pfns.size)
+
+
+class Mapping(NamedTuple):
+    """A VMA in which some of the pages asked for may be mapped.
+
+    pages: places in the vector asked for; addrs: where *vma* would have each of them.
+    """
+
+    vma: Vma
+    pages: Indices
+    addrs: Addresses
+
+
+def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
+    """Every VMA that may map any of *pfns*, with the addresses; one step per VMA.
+
+    A Mapping says where the page would be, not that it is there: ask page_vma_mapped_walk().
+    Linux: rmap_walk_anon(), mm/rmap.c.
+    """
+    mapping = mem.mapping[pfns]
+    index = mem.index[pfns]
+    if pfns.size and (mapping == mapping[0]).all():
+        groups = mapping[:1]
+    else:
+        groups = np.unique(mapping)
+    for owner in groups.tolist():
+        anon_vma = mem.anon_vmas.get(owner >> 2)
+        if anon_vma is None:
+            continue  # not mapped anywhere: file pages and pages of nobody
+        ours = mapping == owner
+        with anon_vma.rwsem.read():
+            for vma in tuple(anon_vma.vmas):
+                offset = index - vma.vm_pgoff
+                inside = np.flatnonzero(ours & (offset >= 0) & (offset < vma_pages(vma)))
+                if inside.size:
+                    yield Mapping(vma, inside, vma.vm_start + (offset[inside] << PAGE_SHIFT))
+
+
+def contiguous_runs(addrs: Addresses) -> list[tuple[int, int]]:
+    """Sorted page addresses as ranges [start, end) without gaps."""
+    breaks = np.flatnonzero(addrs[1:] != addrs[:-1] + PAGE_SIZE)
+    starts = addrs[np.concatenate(([0], breaks + 1))]
+    ends = addrs[np.concatenate((breaks, [addrs.size - 1]))] + PAGE_SIZE
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
+    """Unmap locked *pfns* from the entries *ptes* and give the migration entries to store there.
+
+    Called with the page-table lock held. The reference of each mapping passes to the caller.
+    Unlike Linux v4.20, the entry's dirty bit goes to the page (6.1 does so): reclaim would take
+    the page for clean and drop it. And a device page keeps its write permission, which v4.20
+    loses in every process but the one that migrates (gone by 5.14).
+    Linux: try_to_unmap_one() with TTU_MIGRATION, mm/rmap.c.
+    """
+    present = pte_present(ptes)
+    if present.all():
+        writable, soft_dirty, dirty = pte_write(ptes), pte_soft_dirty(ptes), pte_dirty(ptes)
+    else:
+        writable = np.where(present, pte_write(ptes), is_write_device_private_entry(ptes))
+        soft_dirty = np.where(present, pte_soft_dirty(ptes), pte_swp_soft_dirty(ptes))
+        dirty = present & pte_dirty(ptes)
+    if dirty.any():
+        mem.flags[pfns[dirty]] |= PG_dirty
+    page_remove_rmap(mem, pfns)
+    return make_migration_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+
+
+def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
+    """Replace every mapping of *pfns* (locked by the caller) by a migration entry.
+
+    Where that fails a page stays mapped; the caller sees its mapcount.
+    Linux: try_to_unmap(), TTU_MIGRATION | TTU_IGNORE_MLOCK | TTU_IGNORE_ACCESS, mm/rmap.c.
+    """
+    for vma, pages, addrs in rmap_walk(mem, pfns):
+        order = np.argsort(addrs)
+        pages, addrs = pages[order], addrs[order]
+        for start, end in contiguous_runs(addrs):
+            near = slice(*np.searchsorted(addrs, (start, end)).tolist())
+            mm = vma.vm_mm
+            with (
+                mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
+                mm.page_table_lock,
+            ):
+                at, mapped = page_vma_mapped_walk(vma, pfns[pages[near]], addrs[near])
+                at, found = at[mapped], pfns[pages[near]][mapped]
+                entries = mem.tables.entries
+                entries[at] = unmap_to_migration_entries(mem, entries[at], found)
+            put_page(mem, found)
+
+
+def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
+    """Let every migration entry for old[i] become a mapping of new[i] (often the same page).
+
+    Both vectors are locked by the caller; new pages carry the mapping and index of the old.
+    Linux: remove_migration_ptes(), mm/migrate.c.
+    """
+    for vma, pages, addrs in rmap_walk(mem, new):
+        with vma.vm_mm.page_table_lock:
+            at, waiting = page_vma_mapped_walk(vma, old[pages], addrs, migration=True)
+            if waiting.all():
+                replaced = new[pages]
+            else:
+                at, replaced = at[waiting], new[pages[waiting]]
+            if replaced.size:
+                get_page(mem, replaced)
+                mem.tables.entries[at] = _mapping_entries(vma, mem.tables.entries[at], replaced)
+                page_add_anon_rmap(mem, replaced)
+
+
+def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
+    """What migration entries become now that *pfns* are in place. Linux: remove_migration_pte()."""
+    mem = vma.vm_mm.mem
+    writable = is_write_migration_entry(waiting)
+    if not vma.vm_flags & VM_WRITE:
+        writable = np.zeros_like(writable)
+    soft_dirty = pte_swp_soft_dirty(waiting)
+
+    device = mem.is_zone_device_page(pfns)
+    if device.all() and mem.is_device_private_page(pfns).all():
+        return make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+    entries = mk_pte(pfns, vma.vm_page_prot & ~_PAGE_ACCESSED)
+    entries |= writable * _PAGE_RW | soft_dirty * _PAGE_SOFT_DIRTY
+    if device.any():
+        theirs = make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+        entries |= device * _PAGE_DEVMAP
+        entries = np.where(mem.is_device_private_page(pfns), theirs, entries)
+    return entries
+
+
+def poison_migration_ptes(mem: MemMap, pfns: Pfns) -> None:
+    """Let every migration entry for *pfns* answer with SIGBUS from now on: their bytes are lost.
+
+    Unlike Linux v4.20, which promises this for MIGRATE_PFN_ERROR and does nothing about it.
+    """
+    for vma, pages, addrs in rmap_walk(mem, pfns):
+        mm = vma.vm_mm
+        with mm.page_table_lock:
+            at, waiting = page_vma_mapped_walk(vma, pfns[pages], addrs, migration=True)
+            mem.tables.entries[at[waiting]] = make_hwpoison_entry(pfns[pages[waiting]])
+            mm.anon_rss -= int(np.count_nonzero(waiting))
+
+
+def page_mapped(mem: MemMap, pfns: Pfns) -> Mask:
+    """True for pages that some page table maps. Linux: page_mapped(), include/linux/mm.h."""
+    return mem.mapcount[pfns] > 0

@@ -1,0 +1,174 @@
+"""References to pages, and their way on and off the LRU lists. Linux: mm/swap.c.
+
+A page that should be on a list waits in its CPU's pagevec first, which holds a reference and
+hands over 15 at a time. Whoever wants to isolate pages drains the pagevecs before.
+
+Taking a page off a list is one bit (`LruList` says how), so a vector of pages costs no more
+than a few passes over its columns.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from mm.errors import KernelBug
+from mm.locking import preempt
+from mm.memremap import free_zone_device_page
+from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
+from mm.page_alloc import free_pages_bulk
+from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
+from mm.types import MemMap
+from mm.typing import Mask, Pfns, Ptes
+
+_ONE: Final = np.int32(1)
+_COUNTERS: Final = {lru: f"nr_{lru.name.lower()}" for lru in Lru}
+
+
+def get_page(mem: MemMap, pfns: Pfns) -> None:
+    """One more reference to each of *pfns*, which may repeat. Linux: get_page()."""
+    with mem.locks.atomic:
+        np.add.at(mem.refcount, pfns, _ONE)
+
+
+def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """One reference less to each of *pfns*, which may repeat; frees what nobody holds.
+
+    A ZONE_DEVICE page is free at one reference, not at none, and goes back to its driver.
+    Raises KernelBug for a reference that was never taken.
+    Linux: put_page(), include/linux/mm.h; __put_page(), mm/swap.c.
+    """
+    with mem.locks.atomic:
+        np.subtract.at(mem.refcount, pfns, _ONE)
+        left = mem.refcount[pfns]
+    if left.min(initial=1) > 1:
+        return
+    device = mem.is_zone_device_page(pfns)
+    unused = pfns[left == device]
+    if (left < device).any():
+        wrong = pfns[left < device]
+        raise KernelBug(f"put_page: no reference left on {', '.join(map(hex, wrong[:8].tolist()))}")
+    if not unused.size:
+        return
+    if unused.size > 1 and (unused[1:] <= unused[:-1]).any():
+        unused = np.unique(unused)
+    if mem.is_zone_device_page(unused[-1:])[0]:
+        split = int(np.searchsorted(unused, mem.max_pfn))
+        free_zone_device_page(mem, unused[split:])
+        unused = unused[:split]
+    if unused.size:
+        _free_system_pages(mem, unused, cpu)
+
+
+def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:
+    """Off the lists and back to the allocator. Linux: __put_single_page(), mm/swap.c."""
+    flags = mem.flags[pfns]
+    listed = (flags & PG_lru) != 0
+    if listed.any():
+        _count_lru(mem, pfns[listed], flags[listed], -1)
+    mem.flags[pfns] = flags & ~(PG_lru | PG_active | PG_unevictable)
+    mem.mapping[pfns] = 0
+    free_pages_bulk(mem, pfns, cpu)
+
+
+def page_lru(flags: Ptes) -> Pfns:
+    """Which `Lru` list each page with these *flags* belongs on. Linux: page_lru()."""
+    lists = np.where(flags & PG_swapbacked, Lru.INACTIVE_ANON, Lru.INACTIVE_FILE)
+    lists += ((flags & PG_active) != 0).view(np.int8)
+    return np.where(flags & PG_unevictable, Lru.UNEVICTABLE, lists)
+
+
+def lru_cache_add(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """Put *pfns* in the CPU's pagevec, on their way to a list. Linux: lru_cache_add()."""
+    pagevec = mem.pagevecs[cpu]
+    get_page(mem, pfns)
+    pagevec.push(pfns)
+    full = pagevec.size - pagevec.size % PAGEVEC_SIZE
+    if full:
+        waiting = pagevec.pop(pagevec.size)
+        pagevec.push(waiting[full:])
+        _pagevec_lru_add(mem, waiting[:full], cpu)
+
+
+def lru_add_drain(mem: MemMap, cpu: int = 0) -> None:
+    """Hand over what waits in this CPU's pagevec. Linux: lru_add_drain()."""
+    pagevec = mem.pagevecs[cpu]
+    if pagevec.size:
+        _pagevec_lru_add(mem, pagevec.pop(pagevec.size), cpu)
+
+
+def lru_add_drain_all(mem: MemMap) -> None:
+    """Hand over what waits in any CPU's pagevec. Linux: lru_add_drain_all()."""
+    for cpu in range(len(mem.pagevecs)):
+        lru_add_drain(mem, cpu)
+
+
+def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
+    """Onto the lists, and drop the pagevec's reference. Linux: __pagevec_lru_add()."""
+    flags = mem.flags[pfns]
+    mem.flags[pfns] = flags | PG_lru
+    mem.lru_stamp[pfns] = stamps = np.arange(mem.lru_clock, mem.lru_clock + pfns.size)
+    mem.lru_clock += pfns.size
+    keys = _count_lru(mem, pfns, flags, 1)
+    for key in np.unique(keys).tolist():
+        here = keys == key
+        node, lru = divmod(key, len(Lru))
+        _append(mem, mem.nodes[node].lruvec[lru], pfns[here], stamps[here])
+    put_page(mem, pfns, cpu)
+
+
+def _count_lru(mem: MemMap, pfns: Pfns, flags: Ptes, sign: int) -> Pfns:
+    """Account for pages that come (+1) or go (-1); returns node * 5 + list of each."""
+    keys = mem.page_to_nid(pfns) * len(Lru) + page_lru(flags)
+    counts = np.bincount(keys)
+    for key in np.flatnonzero(counts).tolist():
+        node, lru = divmod(key, len(Lru))
+        mem.nodes[node].lruvec[lru].nr_pages += sign * counts.item(key)
+        mem.vmstat.add(_COUNTERS[Lru(lru)], sign * counts.item(key))
+    return keys
+
+
+def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
+    """Add the youngest items; when the log is full, shed those that no longer count."""
+    if lru.size + pfns.size > lru.log.size:
+        log, old_stamps = lru.log[: lru.size], lru.stamps[: lru.size]
+        live = (mem.lru_stamp[log] == old_stamps) & ((mem.flags[log] & PG_lru) != 0)
+        kept = np.flatnonzero(live)
+        capacity = max(lru.log.size, 2 * (kept.size + pfns.size))
+        lru.log, lru.stamps = (
+            np.concatenate((column[kept], np.empty(capacity - kept.size, dtype=np.int64)))
+            for column in (log, old_stamps)
+        )
+        lru.size = kept.size
+    lru.log[lru.size : lru.size + pfns.size] = pfns
+    lru.stamps[lru.size : lru.size + pfns.size] = stamps
+    lru.size += pfns.size
+
+
+def lru_pages(mem: MemMap, lru: LruList) -> Pfns:
+    """The pages on *lru*, oldest first, int64[nr_pages]."""
+    log, stamps = lru.log[: lru.size], lru.stamps[: lru.size]
+    return log[(mem.lru_stamp[log] == stamps) & ((mem.flags[log] & PG_lru) != 0)]
+
+
+def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
+    """Take *pfns* off their lists, with a reference each; False where a page was on none.
+
+    Linux: isolate_lru_page(), mm/vmscan.c.
+    """
+    preempt("isolate_lru_page")
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        isolated = (flags & PG_lru) != 0
+        taken = pfns if isolated.all() else pfns[isolated]
+        mem.flags[taken] &= ~PG_lru
+    get_page(mem, taken)
+    _count_lru(mem, taken, flags[isolated], -1)
+    return isolated
+
+
+def putback_lru_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """Undo isolate_lru_page(): back on a list, without the reference. Linux: mm/vmscan.c."""
+    lru_cache_add(mem, pfns, cpu)
+    put_page(mem, pfns, cpu)

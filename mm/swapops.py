@@ -1,0 +1,120 @@
+"""Entries that are not present: swap entries, and what Linux hides among them.
+
+        63      59 58                                   9 8 7      2 1 0
+       +----------+--------------------------------------+-+--------+-+-+
+       |   type   |           offset, inverted           |0|    0   |S|0|
+       +----------+--------------------------------------+-+--------+-+-+
+
+S is the soft-dirty bit. The offset is inverted so that a processor which speculates on the
+entry finds no cacheable memory there (L1TF). For a page under migration, a device-private page
+and a poisoned page the offset is a PFN. Linux: include/linux/swapops.h,
+arch/x86/include/asm/pgtable_64.h.
+
+A present entry never has bits 62-59, so the five highest types are told by the type alone.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from mm.pgtable import pte_none, pte_present
+from mm.typing import Mask, Pfns, Ptes
+
+SWP_TYPE_SHIFT: Final = np.uint64(59)
+SWP_OFFSET_SHIFT: Final = np.uint64(9)
+SWP_OFFSET_MASK: Final = np.uint64((1 << 50) - 1)
+SWP_SOFT_DIRTY: Final = np.uint64(1 << 1)
+
+MAX_SWAPFILES_SHIFT: Final = 5
+MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1
+SWP_HWPOISON: Final = MAX_SWAPFILES
+SWP_MIGRATION_READ: Final = MAX_SWAPFILES + 1
+SWP_MIGRATION_WRITE: Final = MAX_SWAPFILES + 2
+SWP_DEVICE_WRITE: Final = MAX_SWAPFILES + 3
+SWP_DEVICE_READ: Final = MAX_SWAPFILES + 4
+
+
+def swp_entry(kind: int, offsets: Pfns) -> Ptes:
+    """Entries of swap type *kind* (0-31) with *offsets* (int64[n]) in page-table form.
+
+    Linux: swp_entry() and swp_entry_to_pte(), include/linux/swapops.h.
+    """
+    inverted = ~offsets.view(np.uint64) & SWP_OFFSET_MASK
+    return (inverted << SWP_OFFSET_SHIFT) | (np.uint64(kind) << SWP_TYPE_SHIFT)
+
+
+def swp_type(ptes: Ptes) -> Ptes:
+    """The swap type of each entry, uint64[n]; only for entries that `is_swap_pte`."""
+    return ptes >> SWP_TYPE_SHIFT
+
+
+def swp_offset(ptes: Ptes) -> Pfns:
+    """The offset (slot or PFN) of each entry, int64[n]; only for entries that `is_swap_pte`."""
+    return ((~ptes >> SWP_OFFSET_SHIFT) & SWP_OFFSET_MASK).view(np.int64)
+
+
+def is_swap_pte(ptes: Ptes) -> Mask:
+    """True where the entry is neither empty nor present. Linux: is_swap_pte()."""
+    return ~pte_none(ptes) & ~pte_present(ptes)
+
+
+def non_swap_entry(ptes: Ptes) -> Mask:
+    """True for swap-type entries that stand for no swap slot. Linux: non_swap_entry()."""
+    return swp_type(ptes) >= MAX_SWAPFILES
+
+
+def make_migration_entry(pfns: Pfns, write: Mask) -> Ptes:
+    """Migration entries for *pfns*, which their owner has locked; writable where *write*.
+
+    Linux: make_migration_entry(), include/linux/swapops.h.
+    """
+    return np.where(
+        write, swp_entry(SWP_MIGRATION_WRITE, pfns), swp_entry(SWP_MIGRATION_READ, pfns)
+    )
+
+
+def is_migration_entry(ptes: Ptes) -> Mask:
+    """True where the entry stands for a page that is being moved. Linux: is_migration_entry()."""
+    kind = swp_type(ptes)
+    return (kind == SWP_MIGRATION_READ) | (kind == SWP_MIGRATION_WRITE)
+
+
+def is_write_migration_entry(ptes: Ptes) -> Mask:
+    """True for migration entries that were writable. Linux: is_write_migration_entry()."""
+    return swp_type(ptes) == SWP_MIGRATION_WRITE
+
+
+def make_device_private_entry(pfns: Pfns, write: Mask) -> Ptes:
+    """Entries for device-private *pfns*; writable where *write*.
+
+    Linux: make_device_private_entry(), include/linux/swapops.h.
+    """
+    return np.where(write, swp_entry(SWP_DEVICE_WRITE, pfns), swp_entry(SWP_DEVICE_READ, pfns))
+
+
+def is_device_private_entry(ptes: Ptes) -> Mask:
+    """True where the page is in device memory. Linux: is_device_private_entry()."""
+    kind = swp_type(ptes)
+    return (kind == SWP_DEVICE_READ) | (kind == SWP_DEVICE_WRITE)
+
+
+def is_write_device_private_entry(ptes: Ptes) -> Mask:
+    """True for writable device-private entries. Linux: is_write_device_private_entry()."""
+    return swp_type(ptes) == SWP_DEVICE_WRITE
+
+
+def make_hwpoison_entry(pfns: Pfns) -> Ptes:
+    """Entries that answer every access with SIGBUS. Linux: make_hwpoison_entry()."""
+    return swp_entry(SWP_HWPOISON, pfns)
+
+
+def is_hwpoison_entry(ptes: Ptes) -> Mask:
+    """True where the contents are lost for good. Linux: is_hwpoison_entry()."""
+    return swp_type(ptes) == SWP_HWPOISON
+
+
+def pte_swp_soft_dirty(ptes: Ptes) -> Mask:
+    """True where a swap-type entry carries the soft-dirty bit. Linux: pte_swp_soft_dirty()."""
+    return (ptes & SWP_SOFT_DIRTY) != 0

@@ -1,0 +1,277 @@
+"""The structures that everything works on. Linux: include/linux/mm_types.h.
+
+`MemMap` is every struct page of the machine as columns; row i is the page with PFN i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.locking import Locks, RwSemaphore, SpinLock
+from mm.mmzone import Node, PageStack, Zone
+from mm.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_NX,
+    _PAGE_PRESENT,
+    _PAGE_PROTNONE,
+    _PAGE_RW,
+    _PAGE_USER,
+    TablePool,
+)
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns
+from mm.vmstat import VmStat
+
+if TYPE_CHECKING:
+    from mm.mmu_notifier import MmuNotifier
+
+
+class Column(NamedTuple):
+    """One column of `MemMap`: how it is stored and what it may hold."""
+
+    name: str
+    dtype: type[np.generic]
+    struct_page: str  # the field that it stands for
+    meaning: str
+
+
+COLUMNS: Final = (
+    Column("flags", np.uint64, "flags", "PG_* bits of mm/page_flags.py"),
+    Column("refcount", np.int32, "_refcount", "references; 0 is free, 1 a free ZONE_DEVICE page"),
+    Column("mapcount", np.int32, "_mapcount + 1", "page-table entries that map the page"),
+    Column("mapping", np.int64, "mapping", "whose it is: anon_vma number << 2 | PAGE_MAPPING_ANON"),
+    Column("index", np.int64, "index", "its page offset there: that of the VMAs' vm_pgoff"),
+    Column("private", np.int64, "private", "for its owner to use; 0 while the page is free"),
+    Column("lru_stamp", np.int64, "lru", "its place in the LRU list: higher is younger"),
+    Column("lock_owner", np.uint16, "(none)", "thread that set PG_locked, 0 where it is clear"),
+    Column("zone", np.uint8, "flags", "index into `zones`; 0 where no frame stands behind the PFN"),
+    Column("free_order", np.uint8, "private", "order + 1 of the free block that starts here, or 0"),
+)
+BYTES_PER_PAGE: Final = sum(np.dtype(column.dtype).itemsize for column in COLUMNS)
+
+PAGE_MAPPING_ANON: Final = 1
+PAGE_MAPPING_MOVABLE: Final = 2
+PAGE_MAPPING_FLAGS: Final = 3
+
+
+class MemoryType(IntEnum):
+    """What stands behind the pages of a zone. Linux: enum memory_type, linux/memremap.h."""
+
+    HOLE = 0
+    DEVICE_PRIVATE = 1
+    DEVICE_PUBLIC = 2
+    SYSTEM = 3
+
+
+class MemMap:
+    """struct page as columns, with the memory, zones and counters of one machine around them.
+
+    Columns reach to the end of the physical address space and cost nothing where no page is: the
+    host commits them as they are written. Devices get their PFNs from the top downward.
+    """
+
+    flags: NDArray[np.uint64]
+    refcount: NDArray[np.int32]
+    mapcount: NDArray[np.int32]
+    mapping: NDArray[np.int64]
+    index: NDArray[np.int64]
+    private: NDArray[np.int64]
+    lru_stamp: NDArray[np.int64]
+    lock_owner: NDArray[np.uint16]
+    zone: NDArray[np.uint8]
+    free_order: NDArray[np.uint8]
+
+    def __init__(
+        self, max_pfn: int, limit_pfn: int, *, tables: int, payload: bool, cpus: int
+    ) -> None:
+        for column in COLUMNS:
+            setattr(self, column.name, np.zeros(limit_pfn, dtype=column.dtype))
+        self.max_pfn = max_pfn  # first PFN above system memory
+        self.limit_pfn = limit_pfn  # first PFN that no device can have either
+        self.payload: Payload | None = None  # contents of system memory, uint8[max_pfn, 4096]
+        if payload:
+            self.payload = np.zeros((max_pfn, PAGE_SIZE), dtype=np.uint8)
+        self.zero_pfn = 0  # the frame of zeros that read faults map; set at boot
+        self.debug = False  # freed frames are filled with junk, allocations are checked
+        self.nodes: list[Node] = []
+        self.zones: list[Zone | None] = [None]
+        self.memory_type: NDArray[np.uint8] = np.zeros(256, dtype=np.uint8)  # by zone index
+        self.zone_nid: NDArray[np.int16] = np.full(256, -1, dtype=np.int16)  # by zone index
+        self.vmstat = VmStat()
+        self.tables = TablePool(tables, self.vmstat)
+        self.locks = Locks()
+        self.pagevecs = [PageStack(32) for _ in range(cpus)]  # pages on their way to the LRU
+        self.cpu_to_node = [0] * cpus  # NUMA node of each CPU
+        self.lru_clock = 0  # stamps given out
+        self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
+        self.next_anon_vma = 1
+        self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
+        self.mms: list[MmStruct] = []  # address spaces that live
+        self.device_pgds: list[int] = []  # top page tables of devices
+
+    def page_to_nid(self, pfns: Pfns) -> NDArray[np.int16]:
+        """NUMA node of each page. Linux: page_to_nid(), include/linux/mm.h."""
+        return self.zone_nid[self.zone[pfns]]
+
+    def is_zone_device_page(self, pfns: Pfns) -> Mask:
+        """True for device memory of any type. Linux: is_zone_device_page()."""
+        return pfns >= self.max_pfn
+
+    def is_device_private_page(self, pfns: Pfns) -> Mask:
+        """True for memory that only its device can touch. Linux: is_device_private_page()."""
+        return self.memory_type[self.zone[pfns]] == MemoryType.DEVICE_PRIVATE
+
+    def is_device_public_page(self, pfns: Pfns) -> Mask:
+        """True for device memory that the CPU can touch. Linux: is_device_public_page()."""
+        return self.memory_type[self.zone[pfns]] == MemoryType.DEVICE_PUBLIC
+
+    def pagemap_of(self, pfn: int) -> DevPagemap | None:
+        """The driver's pagemap behind a device page. Linux: page->pgmap."""
+        zone = self.zones[int(self.zone[pfn])]
+        return zone.pgmap if zone is not None else None
+
+
+def page_anon(mem: MemMap, pfns: Pfns) -> Mask:
+    """True for anonymous pages. Linux: PageAnon(), include/linux/page-flags.h."""
+    return (mem.mapping[pfns] & PAGE_MAPPING_ANON) != 0
+
+
+class VmFault(IntFlag):
+    """How a fault ended; 0 is well. Linux: VM_FAULT_*, include/linux/mm.h."""
+
+    OOM = 0x0001
+    SIGBUS = 0x0002
+    MAJOR = 0x0004
+    HWPOISON = 0x0010
+    SIGSEGV = 0x0040
+    RETRY = 0x0400
+    ERROR = OOM | SIGBUS | HWPOISON | SIGSEGV
+
+
+class DevPagemap(Protocol):
+    """A driver's memory, as the core calls it. Linux: struct dev_pagemap, linux/memremap.h."""
+
+    type: MemoryType
+    name: str
+    owner: object
+
+    def page_fault(self, vma: Vma, addrs: Addresses, pfns: Pfns, *, write: bool) -> VmFault:
+        """The CPU touched device-private *pfns* at *addrs* (sorted, one VMA): migrate them back.
+
+        Called with mmap_sem held for read. The first address matters most. VmFault.SIGBUS means
+        that the device lost them, OOM that no frame was left; anything else makes the CPU retry.
+        """
+
+    def page_free(self, pfns: Pfns) -> None:
+        """The last reference to *pfns* is gone; they are the driver's alone."""
+
+
+VM_READ: Final = 0x00000001
+VM_WRITE: Final = 0x00000002
+VM_EXEC: Final = 0x00000004
+VM_SHARED: Final = 0x00000008
+VM_MAYREAD: Final = 0x00000010
+VM_MAYWRITE: Final = 0x00000020
+VM_MAYEXEC: Final = 0x00000040
+VM_PFNMAP: Final = 0x00000400
+VM_LOCKED: Final = 0x00002000
+VM_IO: Final = 0x00004000
+VM_DONTEXPAND: Final = 0x00040000
+VM_HUGETLB: Final = 0x00400000
+VM_MIXEDMAP: Final = 0x10000000
+VM_SPECIAL: Final = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
+
+
+def vm_get_page_prot(vm_flags: int) -> np.uint64:
+    """Bits of a fresh entry; a private mapping's are read-only, as a store must fault first.
+
+    Linux: vm_get_page_prot(), mm/mmap.c.
+    """
+    if not vm_flags & (VM_READ | VM_WRITE | VM_EXEC):
+        return _PAGE_PROTNONE | _PAGE_ACCESSED
+    prot = _PAGE_PRESENT | _PAGE_USER | _PAGE_ACCESSED
+    if not vm_flags & VM_EXEC:
+        prot |= _PAGE_NX
+    if vm_flags & VM_SHARED and vm_flags & VM_WRITE:
+        prot |= _PAGE_RW
+    return prot
+
+
+@dataclass(slots=True, eq=False)
+class AnonVma:
+    """The VMAs in which the pages of one anonymous area may be mapped. Linux: struct anon_vma."""
+
+    number: int
+    rwsem: RwSemaphore
+    vmas: list[Vma]  # the interval tree of the kernel, as a list
+
+
+class Vma:
+    """A stretch of address space with one meaning. Linux: struct vm_area_struct."""
+
+    __slots__ = (
+        "anon_vma",
+        "anon_vma_chain",
+        "vm_end",
+        "vm_file",
+        "vm_flags",
+        "vm_mm",
+        "vm_page_prot",
+        "vm_pgoff",
+        "vm_start",
+    )
+
+    def __init__(self, mm: MmStruct, start: int, end: int, vm_flags: int, pgoff: int) -> None:
+        self.vm_mm = mm
+        self.vm_start = start
+        self.vm_end = end  # first byte after it
+        self.vm_flags = vm_flags
+        self.vm_pgoff = pgoff  # in pages; of anonymous memory: the address it was mapped at
+        self.vm_page_prot = vm_get_page_prot(vm_flags)
+        self.vm_file: Any = None
+        self.anon_vma: AnonVma | None = None  # where new anonymous pages of this VMA belong
+        self.anon_vma_chain: list[AnonVma] = []  # every anon_vma that lists this VMA
+
+    def __repr__(self) -> str:
+        letters = "".join(
+            letter if self.vm_flags & bit else "-"
+            for letter, bit in (("r", VM_READ), ("w", VM_WRITE), ("x", VM_EXEC))
+        )
+        return f"<Vma {self.vm_start:#x}-{self.vm_end:#x} {letters}>"
+
+
+def vma_is_anonymous(vma: Vma) -> bool:
+    """True for memory without a file. Linux: vma_is_anonymous(), include/linux/mm.h."""
+    return vma.vm_file is None
+
+
+def vma_pages(vma: Vma) -> int:
+    """Pages that *vma* spans. Linux: vma_pages(), include/linux/mm.h."""
+    return (vma.vm_end - vma.vm_start) >> PAGE_SHIFT
+
+
+def linear_page_index(vma: Vma, addrs: Addresses) -> Pfns:
+    """Page offset of each address in its object. Linux: linear_page_index(), linux/pagemap.h."""
+    return ((addrs - vma.vm_start) >> PAGE_SHIFT) + vma.vm_pgoff
+
+
+class MmStruct:
+    """An address space. Linux: struct mm_struct."""
+
+    def __init__(self, mem: MemMap, name: str) -> None:
+        self.mem = mem
+        self.name = name
+        self.pgd = int(mem.tables.alloc(1)[0])  # row of the top page table
+        self.vmas: list[Vma] = []  # ascending addresses
+        self.mmap_sem = RwSemaphore(mem.locks, f"mmap_sem of {name}")
+        self.page_table_lock = SpinLock(mem.locks, f"page_table_lock of {name}")
+        self.anon_rss = 0  # MM_ANONPAGES
+        self.total_vm = 0  # pages
+        self.locked_vm = 0  # pages
+        self.notifiers: list[MmuNotifier] = []
+        self.exited = False
+        mem.mms.append(self)

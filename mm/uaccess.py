@@ -1,0 +1,203 @@
+"""What a CPU does with an address: translate, fault where it must, touch the bytes.
+
+The entries are looked up and the bytes moved under the page-table lock, as one instruction sees
+one translation: nobody can take the page away in between. Linux: arch/x86/mm/fault.c,
+include/asm/uaccess.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from mm.errors import BusError, InvalidArgument, KernelBug, MmError, OutOfMemory, SegmentationFault
+from mm.highmem import byte_places, memcpy_from_pages, memcpy_to_pages
+from mm.memory import handle_mm_fault
+from mm.mmap import find_vma
+from mm.page_alloc import nr_free_pages
+from mm.page_flags import NO_FLAGS
+from mm.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_DIRTY,
+    _PAGE_PRESENT,
+    _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
+    pte_offset,
+    pte_pfn,
+)
+from mm.types import VM_EXEC, VM_READ, VM_WRITE, MmStruct, VmFault, Vma
+from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns
+
+# Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
+Use: TypeAlias = Callable[[int, Pfns], None]
+
+BLOCK: Final = 2048  # pages that one pass faults in and touches: 8 MiB, still in cache after
+MAX_RETRIES: Final = 1000  # faults that changed nothing, in a row, before we call it a lockup
+
+
+def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool, cpu: int = 0) -> None:
+    """Let *use* have the pages at *addrs* (ascending page addresses), faulting them in.
+
+    *use* is called for stretches of *addrs* in order, with accessed and dirty bits set, and runs
+    under the page-table lock. Where an address cannot be reached, those before it are used, then
+    SegmentationFault, BusError or OutOfMemory is raised.
+    """
+    done, block, retries = 0, BLOCK, 0
+    limit, failure = addrs.size, None
+    while done < limit:
+        near = addrs[done : min(done + block, limit)]
+        used, missing = _use_ready(mm, near, done, use, write=write)
+        done += used
+        if used:
+            block, retries = BLOCK, 0
+        if missing.size:
+            failed_at, error = _fault_in(mm, missing, write=write, cpu=cpu)
+            if error is not None:
+                limit, failure = int(np.searchsorted(addrs, failed_at)), error
+            if not used:
+                # Under memory pressure faulting in the end of a block can evict its beginning.
+                block, retries = max(1, block // 2), retries + 1
+            if retries > MAX_RETRIES:
+                raise KernelBug(f"{mm.name}: page fault at {missing[0]:#x} is served in vain")
+    if failure is not None:
+        raise failure
+
+
+def _use_ready(
+    mm: MmStruct, addrs: Addresses, place: int, use: Use, *, write: bool
+) -> tuple[int, Addresses]:
+    """Use the leading pages that need no fault; how many, and which of the others do."""
+    need = _PAGE_PRESENT | _PAGE_RW if write else _PAGE_PRESENT
+    mark = _PAGE_ACCESSED | (_PAGE_DIRTY | _PAGE_SOFT_DIRTY if write else NO_FLAGS)
+    pool = mm.mem.tables
+    with mm.page_table_lock:
+        at = pte_offset(pool, mm.pgd, addrs)
+        ptes = pool.entries[at]
+        ready = (ptes & need) == need
+        used = addrs.size if ready.all() else int(np.argmin(ready))
+        if used:
+            pool.entries[at[:used]] = ptes[:used] | mark
+            use(place, pte_pfn(ptes[:used]))
+    return used, addrs[~ready]
+
+
+def _fault_in(
+    mm: MmStruct, addrs: Addresses, *, write: bool, cpu: int
+) -> tuple[int, MmError | None]:
+    """Serve faults at *addrs* until one fails; that address and the error, or 0 and None."""
+    done = 0
+    with mm.mmap_sem.read():
+        while done < addrs.size:
+            addr = addrs.item(done)
+            vma = find_vma(mm, addr)
+            if vma is None or vma.vm_start > addr or access_error(vma, write=write):
+                return addr, _segmentation_fault(mm, vma, addr, write=write)
+            here = addrs[done : int(np.searchsorted(addrs, vma.vm_end))]
+            faults = handle_mm_fault(vma, here, write=write, cpu=cpu)
+            failed = np.flatnonzero(faults & VmFault.ERROR)
+            if failed.size:
+                addr = here.item(failed[0])
+                return addr, _fault_error(mm, addr, VmFault(faults.item(failed[0])))
+            done += here.size
+    return 0, None
+
+
+def access_error(vma: Vma, *, write: bool) -> bool:
+    """True where *vma* forbids the access. Linux: access_error(), arch/x86/mm/fault.c."""
+    if write:
+        return not vma.vm_flags & VM_WRITE
+    return not vma.vm_flags & (VM_READ | VM_EXEC | VM_WRITE)
+
+
+def _segmentation_fault(
+    mm: MmStruct, vma: Vma | None, addr: int, *, write: bool
+) -> SegmentationFault:
+    what = "write to" if write else "read of"
+    if vma is None or vma.vm_start > addr:
+        return SegmentationFault(addr, f"{mm.name}: {what} {addr:#x}, where nothing is mapped")
+    return SegmentationFault(addr, f"{mm.name}: {what} {addr:#x} is not allowed by {vma!r}")
+
+
+def _fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
+    """Linux: mm_fault_error(), arch/x86/mm/fault.c."""
+    if fault & VmFault.OOM:
+        return OutOfMemory(
+            f"{mm.name}: no frame for the page at {addr:#x}, {nr_free_pages(mm.mem)} pages are "
+            f"free and kept in reserve; unmap something or boot with larger nodes="
+        )
+    if fault & VmFault.SIGSEGV:
+        return SegmentationFault(addr, f"{mm.name}: the fault handler refused {addr:#x}")
+    return BusError(addr, f"{mm.name}: the contents of the page at {addr:#x} are lost")
+
+
+def page_range(addr: int, nbytes: int) -> Addresses:
+    """Addresses of the pages that [*addr*, *addr* + *nbytes*) touches."""
+    return np.arange(addr & ~(PAGE_SIZE - 1), addr + nbytes, PAGE_SIZE)
+
+
+def _payload(mm: MmStruct) -> Payload:
+    if mm.mem.payload is None:
+        raise InvalidArgument("this machine keeps no contents; boot it with payload=True")
+    return mm.mem.payload
+
+
+def copy_from_user(mm: MmStruct, addr: int, out: Payload, *, cpu: int = 0) -> None:
+    """Load uint8[n] *out* from [*addr*, *addr* + n). Linux: copy_from_user(), asm/uaccess.h."""
+    payload = _payload(mm)
+    first = addr & ~(PAGE_SIZE - 1)
+
+    def load(place: int, pfns: Pfns) -> None:
+        begin = max(first + place * PAGE_SIZE, addr)
+        end = first + (place + pfns.size) * PAGE_SIZE
+        memcpy_from_pages(out[begin - addr : end - addr], payload, pfns, begin % PAGE_SIZE)
+
+    access_pages(mm, page_range(addr, out.size), load, write=False, cpu=cpu)
+
+
+def copy_to_user(mm: MmStruct, addr: int, data: Payload, *, cpu: int = 0) -> None:
+    """Store uint8[n] *data* at *addr*. Linux: copy_to_user(), asm/uaccess.h."""
+    payload = _payload(mm)
+    first = addr & ~(PAGE_SIZE - 1)
+
+    def store(place: int, pfns: Pfns) -> None:
+        begin = max(first + place * PAGE_SIZE, addr)
+        end = first + (place + pfns.size) * PAGE_SIZE
+        memcpy_to_pages(payload, pfns, begin % PAGE_SIZE, data[begin - addr : end - addr])
+
+    access_pages(mm, page_range(addr, data.size), store, write=True, cpu=cpu)
+
+
+def gather_from_user(mm: MmStruct, addrs: Addresses, *, cpu: int = 0) -> Payload:
+    """The byte at each of *addrs*, int64[n] in any order; uint8[n]."""
+    flat = _payload(mm).reshape(-1)
+    out = np.empty(addrs.size, dtype=np.uint8)
+    frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
+
+    def load(place: int, pfns: Pfns) -> None:
+        here = np.flatnonzero((page_of >= place) & (page_of < place + pfns.size))
+        out[here] = flat[byte_places(pfns, addrs[here], page_of[here] - place)]
+
+    access_pages(mm, frames, load, write=False, cpu=cpu)
+    return out
+
+
+def scatter_to_user(mm: MmStruct, addrs: Addresses, data: Payload, *, cpu: int = 0) -> None:
+    """Store data[i] at addrs[i]; of an address that repeats, the last one stays."""
+    flat = _payload(mm).reshape(-1)
+    frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
+
+    def store(place: int, pfns: Pfns) -> None:
+        here = np.flatnonzero((page_of >= place) & (page_of < place + pfns.size))
+        flat[byte_places(pfns, addrs[here], page_of[here] - place)] = data[here]
+
+    access_pages(mm, frames, store, write=True, cpu=cpu)
+
+
+def touch_pages(mm: MmStruct, addr: int, nbytes: int, *, write: bool, cpu: int = 0) -> None:
+    """Access every page of [*addr*, *addr* + *nbytes*) and leave the bytes as they are.
+
+    Works without contents too. Linux: fault_in_pages_writeable(), include/linux/pagemap.h.
+    """
+    access_pages(mm, page_range(addr, nbytes), lambda place, pfns: None, write=write, cpu=cpu)

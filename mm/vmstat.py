@@ -1,0 +1,80 @@
+"""Counters, under the names of /proc/vmstat. Linux: mm/vmstat.c.
+
+Names that begin with `nr_` are amounts that rise and fall; the rest count events and only rise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+from mm.errors import InvalidArgument
+
+VMSTAT_NAMES: Final = (
+    "nr_free_pages",  # frames that the buddy allocator and the per-CPU lists hold
+    "nr_inactive_anon",
+    "nr_active_anon",
+    "nr_inactive_file",
+    "nr_active_file",
+    "nr_unevictable",
+    "nr_isolated_anon",  # taken off a list by somebody who moves them
+    "nr_anon_pages",  # mapped anonymous pages, device memory included
+    "nr_page_table_pages",
+    "pgalloc_dma",
+    "pgalloc_dma32",
+    "pgalloc_normal",
+    "pgfree",
+    "pgactivate",
+    "pgdeactivate",
+    "pgfault",
+    "pgmajfault",
+    "pgmigrate_success",  # base-page migration by the kernel; migrate_vma counts none
+    "pgmigrate_fail",
+    "zeropage_read_faults",  # ours: read faults that the zero page served
+    "cow_faults",  # ours: writes that got a new frame in place of a read-only one
+    "device_private_faults",  # ours: CPU accesses that found the page in device memory
+)
+
+
+class VmStat(Mapping[str, int]):
+    """/proc/vmstat as a mapping: `machine.vmstat["pgfault"]`."""
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys(VMSTAT_NAMES, 0)
+
+    def __getitem__(self, name: str) -> int:
+        if name not in self._counts:
+            raise InvalidArgument(f"no counter is named {name!r}; see mm.vmstat.VMSTAT_NAMES")
+        return self._counts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def add(self, name: str, amount: int) -> None:
+        """Let counter *name* rise by *amount*, or fall where it is negative.
+
+        Linux: count_vm_events() and mod_node_page_state(), include/linux/vmstat.h.
+        """
+        self._counts[name] += amount
+
+    @contextmanager
+    def counting(self, *names: str) -> Iterator[dict[str, int]]:
+        """What changes inside the block, filled in when it ends.
+
+        Holds the counters that changed, or exactly *names* where some are given.
+
+        >>> with machine.vmstat.counting("pgfault") as delta:
+        ...     process.write(addr, b"x")
+        >>> delta
+        {'pgfault': 1}
+        """
+        before = {name: self[name] for name in names or self}
+        delta: dict[str, int] = {}
+        yield delta
+        for name, count in before.items():
+            if names or self[name] != count:
+                delta[name] = self[name] - count

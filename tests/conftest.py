@@ -1,0 +1,15 @@
+"""How hypothesis draws: `quick` by default, `slow` with --hypothesis-profile=slow.
+
+No deadline in either: the first example of a test pays for booting a machine. Where CI is set,
+every run draws the same examples, so that a change is judged by what it changed.
+"""
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile(
+    "quick", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI"))
+)
+settings.register_profile("slow", deadline=None, max_examples=2_000)
+settings.load_profile("quick")
