@@ -1,6 +1,6 @@
 """Drivers of devices that borrow memory of processes.
 
-    gpu = devices.open("numpy", machine, memory="64MiB")
+gpu = devices.open("numpy", machine, memory="64MiB")
 """
 
 from devices.driver import Driver

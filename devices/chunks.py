@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mm.typing import Indices
+from mm.typing import Indices, places
 
 
 class Chunks:
@@ -24,16 +24,15 @@ class Chunks:
 
     def take(self, pages: Indices) -> None:
         """*pages* (numbers within the device) come into use."""
-        chunks, counts = np.unique(pages // self.size, return_counts=True)
-        fresh = chunks[self.used[chunks] == 0]
+        counts = np.bincount(pages // self.size, minlength=self.used.size)
+        fresh = places((counts > 0) & (self.used == 0))
         self.born[fresh] = np.arange(self.clock, self.clock + fresh.size)
         self.clock += fresh.size
-        self.used[chunks] += counts
+        self.used += counts
 
     def give(self, pages: Indices) -> None:
         """*pages* are free again."""
-        chunks, counts = np.unique(pages // self.size, return_counts=True)
-        self.used[chunks] -= counts
+        self.used -= np.bincount(pages // self.size, minlength=self.used.size)
 
     @property
     def free_pages(self) -> int:
@@ -42,7 +41,7 @@ class Chunks:
 
     def oldest_first(self) -> Indices:
         """The chunks that are in use, oldest first."""
-        used = np.flatnonzero(self.used)
+        used = places(self.used)
         return used[np.argsort(self.born[used])]
 
     def pages_of(self, chunk: int) -> Indices:

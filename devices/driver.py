@@ -34,7 +34,19 @@ from mm.process import Process
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import MmStruct, Vma, VmFault
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    Ptes,
+    every,
+    places,
+    some,
+)
 from mm.uaccess import access_error, page_range
 
 gpu_fault: Final = TracePoint("gpu_fault")
@@ -135,7 +147,7 @@ class Driver(DeviceMemory):
             with mm.page_table_lock:
                 ptes = table.lookup(addrs)
                 ready = _reachable(ptes, everywhere)
-                if ready.all():
+                if every(ready):
                     frames = [pte_pfn(ptes[np.searchsorted(addrs, span)]) for span in spans]
                     self._launch(kernel, arrays, target, used, frames)
                     return
@@ -159,7 +171,7 @@ class Driver(DeviceMemory):
         if gpu_fault:
             gpu_fault(device=self.name, process=mm.name, addrs=addrs, write=write)
         self.make_room(addrs.size)
-        cuts = np.flatnonzero(np.diff(addrs >> PMD_SHIFT)) + 1
+        cuts = places(np.diff(addrs >> PMD_SHIFT)) + 1
         for block in np.split(np.arange(addrs.size), cuts):
             self._fault_block(mm, addrs[block], write[block])
 
@@ -174,7 +186,7 @@ class Driver(DeviceMemory):
                     continue
                 self._migrate_addrs(mm, away, Direction.TO_DEVICE, Moved())
                 left = ~self._map(table, here, stores)
-                if left.any():
+                if some(left):
                     self._map_remote(table, here[left], stores[left])
 
     def _map(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> Mask:
@@ -214,7 +226,7 @@ class Driver(DeviceMemory):
                     self._check_faults(some[sel], faults)
 
     def _check_faults(self, addrs: Addresses, faults: NDArray[np.uint16]) -> None:
-        bad = np.flatnonzero(faults & VmFault.ERROR)
+        bad = places(faults & VmFault.ERROR)
         if bad.size:
             addr = addrs.item(bad[0])
             if faults[bad[0]] & VmFault.OOM:
@@ -233,10 +245,10 @@ class Driver(DeviceMemory):
             raise InvalidArgument(f"{self.name}: this machine keeps no contents")
         local = pfns >= self.zone.start_pfn
         local &= pfns < self.zone.end_pfn
-        if local.all():
+        if every(local):
             return [(self.memory, local, pfns - self.zone.start_pfn)]
         sides = [(self.mem.payload, ~local, pfns[~local])]
-        if local.any():
+        if some(local):
             sides.append((self.memory, local, pfns[local] - self.zone.start_pfn))
         return sides
 
@@ -276,7 +288,7 @@ class Driver(DeviceMemory):
             with mm.page_table_lock:
                 ptes = table.lookup(near)
                 ready = _reachable(ptes, np.full(near.size, write))
-                used = near.size if ready.all() else int(np.argmin(ready))
+                used = near.size if every(ready) else int(np.argmin(ready))
                 self._move_prefix(addr, near[:used], pte_pfn(ptes[:used]), move)
             done += used
             rounds = 0 if used else rounds + 1
@@ -288,7 +300,7 @@ class Driver(DeviceMemory):
     def _move_prefix(
         self, addr: int, addrs: Addresses, pfns: Pfns, move: Callable[[Payload, int, Pfns], None]
     ) -> None:
-        for stretch in np.split(np.arange(pfns.size), np.flatnonzero(np.diff(pfns) != 1) + 1):
+        for stretch in np.split(np.arange(pfns.size), places(np.diff(pfns) != 1) + 1):
             for memory, _, rows in self._sides(pfns[stretch]) if stretch.size else []:
                 move(memory, max(addr, addrs.item(stretch[0])), rows)
 
@@ -316,18 +328,18 @@ class Driver(DeviceMemory):
     def _gather(self, pfns: Pfns) -> Payload:
         """The contents of *pfns* in a row: a view where they lie so, else a copy."""
         sides = self._sides(pfns)
-        if len(sides) == 1 and not (np.diff(pfns) != 1).any():
+        if len(sides) == 1 and not some(np.diff(pfns) != 1):
             memory, _, rows = sides[0]
             return memory[rows[0] : rows[0] + rows.size]
         pages = np.empty((pfns.size, PAGE_SIZE), dtype=np.uint8)
         for memory, side, rows in sides:
-            copy_highpages(pages, np.flatnonzero(side), memory, rows)
+            copy_highpages(pages, places(side), memory, rows)
         return pages
 
     def _scatter(self, pages: Payload, pfns: Pfns) -> None:
         for memory, side, rows in self._sides(pfns):
             if not np.shares_memory(pages, memory):
-                copy_highpages(memory, rows, pages, np.flatnonzero(side))
+                copy_highpages(memory, rows, pages, places(side))
 
 
 def _reachable(ptes: Ptes, write: Mask) -> Mask:
@@ -343,7 +355,7 @@ def _by_vma(name: str, mm: MmStruct, addrs: Addresses, write: Mask) -> list[slic
         if vma is None or vma.vm_start > addr:
             raise SegmentationFault(addr, f"{name}: nothing is mapped at {addr:#x} of {mm.name}")
         end = int(np.searchsorted(addrs, vma.vm_end))
-        stores = bool(write[at:end].any())
+        stores = bool(some(write[at:end]))
         if access_error(vma, write=stores):
             what = "a store" if stores else "a load"
             raise SegmentationFault(addr, f"{name}: {what} at {addr:#x} is not allowed by {vma!r}")

@@ -39,8 +39,19 @@ from mm.pgtable import PMD_SIZE
 from mm.process import Process
 from mm.rmap import rmap_walk
 from mm.swap import get_page, put_page
-from mm.types import VM_WRITE, MemoryType, MmStruct, VmFault, Vma
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns
+from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    every,
+    places,
+    some,
+)
 
 MIN_CHUNK: Final = 64 << 10
 MAX_CHUNK: Final = 2 << 20
@@ -90,7 +101,7 @@ class Moved:
         reasons = migrate.stayed if migrate.wanted is None else migrate.stayed[migrate.wanted]
         counts = np.bincount(reasons, minlength=len(Stayed))
         counts[Stayed.NO] = 0
-        for reason in np.flatnonzero(counts).tolist():
+        for reason in places(counts).tolist():
             self.stayed[Stayed(reason).name.lower()] += counts.item(reason)
         self.migrated += migrated
         self.collected += migrated + int(counts.sum()) - counts.item(Stayed.SKIPPED)
@@ -239,7 +250,7 @@ class DeviceMemory(ABC):
         self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
     ) -> None:
         """Linux: finalize_and_map() of struct migrate_vma_ops."""
-        moved = np.flatnonzero(is_migrating(src) & is_valid(dst))
+        moved = places(is_migrating(src) & is_valid(dst))
         addrs = start + (moved << PAGE_SHIFT)
         table = self.table_of(vma.vm_mm)
         if private is Direction.TO_DEVICE:
@@ -264,7 +275,7 @@ class DeviceMemory(ABC):
         return self.tables[mm]
 
     def _copy_to_device(self, src: MigratePfns, dst: MigratePfns) -> None:
-        entries = np.flatnonzero(is_migrating(src))
+        entries = places(is_migrating(src))
         pages = self.allocate(entries.size)
         self.chunks.take(pages)
         entries = entries[: pages.size]
@@ -272,17 +283,17 @@ class DeviceMemory(ABC):
         if self.mem.payload is None:
             return
         full = is_valid(src[entries])
-        if full.all():
+        if every(full):
             self.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(src[entries]))
         else:
             self.clear(pages[~full], self.mem.payload)
-            if full.any():
+            if some(full):
                 rows = migrate_pfn_to_pfn(src[entries[full]])
                 self.copy_in(pages[full], self.mem.payload, rows)
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
 
     def _copy_to_system(self, src: MigratePfns, dst: MigratePfns) -> None:
-        entries = np.flatnonzero(is_migrating(src) & is_valid(src))
+        entries = places(is_migrating(src) & is_valid(src))
         pfns = alloc_pages_bulk(self.mem, GFP_HIGHUSER_MOVABLE, 0, entries.size)
         entries = entries[: pfns.size]
         self._hand_over(dst, entries, pfns, referenced=True)
@@ -291,7 +302,7 @@ class DeviceMemory(ABC):
         pages = migrate_pfn_to_pfn(src[entries]) - self.zone.start_pfn
         lost = self.copy_out(pages, self.mem.payload, pfns)
         self.stats.bytes_to_system += entries.size * PAGE_SIZE
-        if lost is not None and lost.any():
+        if lost is not None and some(lost):
             self._give_up(dst, entries[lost], pfns[lost])
 
     def _hand_over(
@@ -330,8 +341,16 @@ class DeviceMemory(ABC):
             chosen = None if wanted is None else wanted[first : first + src.size]
             moved.add(
                 migrate_vma(
-                    self, vma, piece, stop, src, dst, direction,
-                    select=select, pgmap_owner=self.owner, wanted=chosen,
+                    self,
+                    vma,
+                    piece,
+                    stop,
+                    src,
+                    dst,
+                    direction,
+                    select=select,
+                    pgmap_owner=self.owner,
+                    wanted=chosen,
                 )
             )
 
@@ -340,7 +359,7 @@ class DeviceMemory(ABC):
     ) -> None:
         """Migrate the pages at *addrs* (ascending), one call for those that lie close."""
         with mm.mmap_sem.read():
-            cuts = np.flatnonzero(np.diff(addrs) > PMD_SIZE) + 1
+            cuts = places(np.diff(addrs) > PMD_SIZE) + 1
             for near in np.split(addrs, cuts):
                 for vma in vmas_in(mm, near.item(0), near.item(-1) + PAGE_SIZE):
                     here = near[(near >= vma.vm_start) & (near < vma.vm_end)]
@@ -377,9 +396,7 @@ def _vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int
     while at < end:
         vma = find_vma(mm, at)
         if vma is None or vma.vm_start > at:
-            raise InvalidRange(
-                f"[{start:#x}, {end:#x}): nothing is mapped at {at:#x} of {mm.name}"
-            )
+            raise InvalidRange(f"[{start:#x}, {end:#x}): nothing is mapped at {at:#x} of {mm.name}")
         spans.append((vma, at, min(end, vma.vm_end)))
         at = vma.vm_end
     return spans

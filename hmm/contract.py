@@ -21,7 +21,7 @@ from hmm.migrate_pfn import (
 from mm.errors import DriverBug
 from mm.page_flags import PG_locked
 from mm.types import MemMap, MemoryType
-from mm.typing import Indices, Mask, Pfns
+from mm.typing import Indices, Mask, Pfns, places, some
 
 
 class Contract:
@@ -53,7 +53,7 @@ class Contract:
         given = is_valid(self.dst)
         odd = (self.dst != 0) & ~given & ((self.dst & MIGRATE_PFN_ERROR) == 0)
         self._refuse(odd, "dst names a page without MIGRATE_PFN_VALID")
-        where = np.flatnonzero(given)
+        where = places(given)
         if where.size:
             self._check_destinations(where, migrate_pfn_to_pfn(self.dst[where]))
         if self.in_use_before is not None:
@@ -67,7 +67,7 @@ class Contract:
 
     def usable_destinations(self) -> Indices:
         """Entries of a faulty `dst` whose page really is the migration's to give back."""
-        where = np.flatnonzero(is_valid(self.dst))
+        where = places(is_valid(self.dst))
         pfns = migrate_pfn_to_pfn(self.dst[where])
         good = ~self._no_page(pfns)
         good[good] = ~self._not_ours(pfns[good])
@@ -87,7 +87,7 @@ class Contract:
         self._refuse_at(where, unlocked, "the destination page is not locked")
         self._refuse_at(where, self._not_ours(pfns), "the destination page is free or in use")
         self._refuse_at(where, self._wrong_zone(where, pfns), "the destination is in a wrong zone")
-        if np.unique(pfns).size < pfns.size:
+        if some(pfns[1:] <= pfns[:-1]) and np.unique(pfns).size < pfns.size:
             repeated = np.ones(pfns.size, dtype=np.bool_)
             repeated[np.unique(pfns, return_index=True)[1]] = False
             self._refuse_at(where, repeated, "the destination page is given twice")
@@ -118,7 +118,7 @@ class Contract:
         return np.where(from_device, device, ~ours[mem.zone[pfns]])
 
     def _check_leaks(self, before: Mask) -> None:
-        taken = np.flatnonzero(_in_use(self.mem) & ~before)
+        taken = places(_in_use(self.mem) & ~before)
         given = migrate_pfn_to_pfn(self.dst[is_valid(self.dst)])
         leaked = np.setdiff1d(taken, given)
         if leaked.size:
@@ -128,12 +128,12 @@ class Contract:
             )
 
     def _refuse_at(self, where: Indices, wrong: Mask, rule: str) -> None:
-        if wrong.any():
+        if some(wrong):
             self._raise(where[wrong], rule)
 
     def _refuse(self, wrong: Mask, rule: str) -> None:
-        if wrong.any():
-            self._raise(np.flatnonzero(wrong), rule)
+        if some(wrong):
+            self._raise(places(wrong), rule)
 
     def _raise(self, entries: Indices, rule: str) -> None:
         i = entries.item(0)

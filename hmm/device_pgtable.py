@@ -18,7 +18,7 @@ from mm.mmu_notifier import (
 from mm.pagewalk import free_pgtables, walk_page_range
 from mm.pgtable import _PAGE_PRESENT, _PAGE_RW, mk_pte, pte_alloc_each, pte_offset
 from mm.types import MmStruct
-from mm.typing import Addresses, Mask, Pfns, Ptes, pages
+from mm.typing import Addresses, Mask, Pfns, Ptes, pages, places
 
 ADDRESS_SPACE = 1 << 57
 
@@ -104,7 +104,7 @@ class DevicePageTable:
         """Every address that the device can reach, and its entry; for checks."""
         addrs, ptes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
         for run in walk_page_range(self.pool, self.pgd, 0, ADDRESS_SPACE, holes=False):
-            used = np.flatnonzero(run.ptes)
+            used = places(run.ptes)
             addrs.append(run.addrs[used])
             ptes.append(run.ptes[used])
         return np.concatenate(addrs), np.concatenate(ptes)

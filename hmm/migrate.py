@@ -79,7 +79,7 @@ from mm.swap import (
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma, page_anon, vma_is_anonymous
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes, every, places, some
 
 mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
@@ -194,7 +194,7 @@ def _collect_run(migrate: MigrateVma, run: Run) -> None:
     if migrate.wanted is not None:
         hole &= migrate.wanted[run.slice]
         chosen &= migrate.wanted[run.slice]
-    entries = np.flatnonzero(chosen)
+    entries = places(chosen)
     pages = pfns if entries.size == pfns.size else pfns[entries]
 
     src[:] = hole * MIGRATE_PFN_MIGRATE
@@ -214,7 +214,7 @@ def _collect_run(migrate: MigrateVma, run: Run) -> None:
 def _decode(ptes: Ptes) -> tuple[Pfns, Mask, Mask]:
     """PFN, writable and device-private of each entry; meaningless where there is no page."""
     private = is_device_private_entry(ptes)
-    if not private.any():
+    if not some(private):
         return pte_pfn(ptes), pte_write(ptes), private
     pfns = np.where(private, swp_offset(ptes), pte_pfn(ptes))
     writable = np.where(private, is_write_device_private_entry(ptes), pte_write(ptes))
@@ -227,14 +227,14 @@ def _selected(migrate: MigrateVma, pfns: Pfns, present: Mask, private: Mask) -> 
     chosen = np.zeros_like(private)
     if migrate.select & MigrateVmaSelect.SYSTEM:
         chosen |= present
-    if migrate.select & MigrateVmaSelect.DEVICE_PRIVATE and private.any():
-        theirs = np.flatnonzero(private)
+    if migrate.select & MigrateVmaSelect.DEVICE_PRIVATE and some(private):
+        theirs = places(private)
         for zone in mem.zones:
             if zone is None or zone.pgmap is None:
                 continue
             if migrate.pgmap_owner is None or zone.pgmap.owner is migrate.pgmap_owner:
                 chosen[theirs[mem.zone[pfns[theirs]] == zone.index]] = True
-    there = np.flatnonzero(chosen)
+    there = places(chosen)
     chosen[there] = mem.mapping[pfns[there]] != 0
     return chosen
 
@@ -250,13 +250,13 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
     mem, src = migrate.mem, migrate.src
     preempt("migrate_vma_prepare")
     lru_add_drain(mem)
-    entries = np.flatnonzero(is_valid(src))
+    entries = places(is_valid(src))
     entries = entries[_lock_rest(migrate, entries)]
     pfns = migrate_pfn_to_pfn(src[entries])
 
     system = ~mem.is_zone_device_page(pfns)
     listed = pfns[system]
-    if ((mem.flags[listed] & PG_lru) == 0).any():
+    if some((mem.flags[listed] & PG_lru) == 0):
         lru_add_drain_all(mem)
     isolated = isolate_lru_page(mem, listed)
     put_page(mem, listed[isolated])  # isolation has taken one of its own
@@ -266,7 +266,7 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
         still = is_valid(src[entries])
         entries, pfns = entries[still], pfns[still]
     pinned = ~migrate_vma_check_page(mem, pfns)
-    if pinned.any():
+    if some(pinned):
         _restore(migrate, entries[pinned], Stayed.PINNED)
 
 
@@ -274,9 +274,9 @@ def _lock_rest(migrate: MigrateVma, entries: Indices) -> Mask:
     """Try the page locks again that collect did not get; True for entries that are locked."""
     mem, src = migrate.mem, migrate.src
     locked = (src[entries] & MIGRATE_PFN_LOCKED) != 0
-    if locked.all():
+    if every(locked):
         return locked
-    late = np.flatnonzero(~locked)
+    late = places(~locked)
     pfns = migrate_pfn_to_pfn(src[entries[late]])
     got = trylock_page(mem, pfns)
     src[entries[late[got]]] |= MIGRATE_PFN_LOCKED
@@ -295,7 +295,7 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
     """
     free_of_pins = mem.refcount[pfns] - mem.mapcount[pfns] <= 1
     device = mem.is_zone_device_page(pfns)
-    return free_of_pins | device if device.any() else free_of_pins
+    return free_of_pins | device if some(device) else free_of_pins
 
 
 def _restore(migrate: MigrateVma, entries: Indices, why: Stayed, *, isolated: bool = True) -> None:
@@ -324,17 +324,17 @@ def migrate_vma_unmap(migrate: MigrateVma) -> None:
     """
     mem, src = migrate.mem, migrate.src
     preempt("migrate_vma_unmap")
-    entries = np.flatnonzero(is_valid(src))
+    entries = places(is_valid(src))
     pfns = migrate_pfn_to_pfn(src[entries])
     mapped = page_mapped(mem, pfns)
-    if mapped.any():
+    if some(mapped):
         try_to_unmap(mem, pfns[mapped])
         mapped = page_mapped(mem, pfns)
-        if mapped.any():
+        if some(mapped):
             _restore(migrate, entries[mapped], Stayed.MAPPED)
             entries, pfns = entries[~mapped], pfns[~mapped]
     pinned = ~migrate_vma_check_page(mem, pfns)
-    if pinned.any():
+    if some(pinned):
         _restore(migrate, entries[pinned], Stayed.PINNED)
 
 
@@ -394,21 +394,21 @@ def migrate_vma_pages(migrate: MigrateVma) -> None:
     moving = is_migrating(src)
     given = is_valid(dst)
     lost = moving & is_valid(src) & ((dst & MIGRATE_PFN_ERROR) != 0)
-    migrate.drop(np.flatnonzero(lost), Stayed.LOST)
-    migrate.drop(np.flatnonzero(moving & ~given & ~lost), Stayed.NOT_CHOSEN)
+    migrate.drop(places(lost), Stayed.LOST)
+    migrate.drop(places(moving & ~given & ~lost), Stayed.NOT_CHOSEN)
     moving &= given & ~lost
 
-    holes = np.flatnonzero(moving & ~is_valid(src))
+    holes = places(moving & ~is_valid(src))
     if holes.size:
         migrate_vma_insert_page(migrate, holes)
-    entries = np.flatnonzero(moving & is_valid(src))
+    entries = places(moving & is_valid(src))
     new, old = migrate_pfn_to_pfn(dst[entries]), migrate_pfn_to_pfn(src[entries])
     anon = page_anon(mem, old)
-    if not anon.all():  # only the page cache knows how to move its pages, and not to a device
+    if not every(anon):  # only the page cache knows how to move its pages, and not to a device
         migrate.drop(entries[~anon], Stayed.REFUSED)
         entries, new, old = entries[anon], new[anon], old[anon]
     failed = migrate_page(mem, new, old) != 0
-    if failed.any():
+    if some(failed):
         migrate.drop(entries[failed], Stayed.BUSY)
 
 
@@ -450,12 +450,12 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
     """
     mem, src, dst = migrate.mem, migrate.src, migrate.dst
     preempt("migrate_vma_finalize")
-    sources = np.flatnonzero(is_valid(src))
+    sources = places(is_valid(src))
     old = migrate_pfn_to_pfn(src[sources])
     moved = is_migrating(src[sources]) & is_valid(dst[sources])
     lost = migrate.stayed[sources] == Stayed.LOST
 
-    if lost.any():
+    if some(lost):
         poison_migration_ptes(mem, old[lost])
     remove_migration_ptes(mem, old, np.where(moved, migrate_pfn_to_pfn(dst[sources]), old))
     unlock_page(mem, old)
@@ -545,5 +545,5 @@ def _abort(migrate: MigrateVma, contract: Contract) -> None:
     unlocked = usable[~contract.locked(usable)]
     put_page(migrate.mem, migrate_pfn_to_pfn(migrate.dst[unlocked]))
     migrate.dst[unlocked] = 0
-    migrate.drop(np.flatnonzero(is_migrating(migrate.src)), Stayed.ABORTED)
+    migrate.drop(places(is_migrating(migrate.src)), Stayed.ABORTED)
     migrate_vma_finalize(migrate)

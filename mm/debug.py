@@ -191,7 +191,9 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
     system = census.pages[census.pages < mem.max_pfn]
     listed = system[(mem.flags[system] & PG_lru) != 0]
     found = np.zeros(mem.limit_pfn, dtype=np.int32)
-    keys = mem.page_to_nid(listed) * len(Lru) + page_lru(mem.flags[listed])
+    kinds, kind_of = np.unique(mem.flags[listed], return_inverse=True)
+    lists = np.array([page_lru(kind) for kind in kinds.tolist()], dtype=np.int64)[kind_of]
+    keys = mem.page_to_nid(listed) * len(Lru) + lists
     for node in mem.nodes:
         for lru, items in zip(Lru, node.lruvec, strict=True):
             here = listed[keys == node.nid * len(Lru) + lru]

@@ -10,7 +10,7 @@ from mm.errors import Deadlock, KernelBug
 from mm.locking import NOBODY, current, preempt
 from mm.page_flags import PG_locked
 from mm.types import MemMap
-from mm.typing import Mask, Pfns
+from mm.typing import Mask, Pfns, every, some
 
 
 def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -22,7 +22,7 @@ def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
     with mem.locks.atomic:
         flags = mem.flags[pfns]
         unlocked = (flags & PG_locked) == 0
-        if unlocked.all():
+        if every(unlocked):
             mem.flags[pfns] = flags | PG_locked
             mem.lock_owner[pfns] = current()
         else:
@@ -68,8 +68,9 @@ def unlock_page(mem: MemMap, pfns: Pfns) -> None:
     """Unlock *pfns* and wake whoever waits. Linux: unlock_page(), mm/filemap.c."""
     with mem.locks.atomic:
         flags = mem.flags[pfns]
-        if not (flags & PG_locked).all():
-            wrong = pfns[(flags & PG_locked) == 0]
+        unlocked = (flags & PG_locked) == 0
+        if some(unlocked):
+            wrong = pfns[unlocked]
             raise KernelBug(f"unlock_page: not locked: {', '.join(map(hex, wrong[:8].tolist()))}")
         mem.flags[pfns] = flags & ~PG_locked
         mem.lock_owner[pfns] = NOBODY

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Payload, Pfns
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Payload, Pfns, places, some
 
 _BLOCK: Final = 128  # rows of a staging copy: 512 KiB, what a core's cache holds
 _WORTH_SLICING: Final = 4  # mean rows per stretch from which slices beat gathering
@@ -22,7 +22,7 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
     Linux: copy_highpage(), include/linux/highmem.h.
     """
     breaks = _breaks(to) | _breaks(frm)
-    cuts = np.flatnonzero(breaks) + 1
+    cuts = places(breaks) + 1
     if to.size >= _WORTH_SLICING * (cuts.size + 1):
         bounds = [0, *cuts.tolist(), to.size]
         for i, k in zip(bounds[:-1], bounds[1:], strict=True):
@@ -33,7 +33,7 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
     for i in range(0, to.size, _BLOCK):
         rows, target = frm[i : i + _BLOCK], to[i : i + _BLOCK]
         first, count = target.item(0), target.size
-        if not _breaks(target).any():
+        if not some(_breaks(target)):
             np.take(src, rows, axis=0, out=dst[first : first + count], mode="clip")
         else:
             np.take(src, rows, axis=0, out=staging[:count], mode="clip")
@@ -47,7 +47,7 @@ def _breaks(rows: Pfns) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
 
 def stretches(rows: Pfns) -> list[tuple[int, int, int]]:
     """*rows* as (place in the vector, first row, number of rows) of consecutive rows."""
-    heads = np.concatenate(([0], np.flatnonzero(_breaks(rows)) + 1, [rows.size]))
+    heads = np.concatenate(([0], places(_breaks(rows)) + 1, [rows.size]))
     firsts = rows[heads[:-1]]
     return list(zip(heads[:-1].tolist(), firsts.tolist(), np.diff(heads).tolist(), strict=True))
 

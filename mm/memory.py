@@ -56,8 +56,8 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.trace import TracePoint
-from mm.types import VM_WRITE, MemMap, MmStruct, VmFault, Vma
-from mm.typing import Addresses, Indices, Pfns, Ptes, pages
+from mm.types import VM_WRITE, MemMap, MmStruct, Vma, VmFault
+from mm.typing import Addresses, Indices, Pfns, Ptes, every, pages, some
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 
@@ -82,16 +82,16 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) ->
     faults = np.zeros(addrs.size, dtype=np.uint16)
 
     none = pte_none(ptes)
-    if none.all():
+    if every(none):
         return do_anonymous_page(vma, addrs, at, write=write, cpu=cpu)
     present = pte_present(ptes)
     away = ~none & ~present
     kept = present & ~pte_write(ptes) if write else np.zeros_like(none)
-    if none.any():
+    if some(none):
         faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write, cpu=cpu)
-    if away.any():
+    if some(away):
         faults[away] = do_swap_page(vma, addrs[away], ptes[away], write=write)
-    if kept.any():
+    if some(kept):
         faults[kept] = do_wp_page(vma, addrs[kept], at[kept], cpu=cpu)
     return faults
 
@@ -116,7 +116,7 @@ def do_anonymous_page(
     with mm.page_table_lock:
         here = at[: pfns.size]
         empty = pte_none(mem.tables.entries[here])
-        mine = pfns if empty.all() else pfns[empty]
+        mine = pfns if every(empty) else pfns[empty]
         _map_new_pages(vma, addrs[: pfns.size][empty], here[empty], mine)
         mm.anon_rss += mine.size
     lru_cache_add_active(mem, mine, cpu)
@@ -179,7 +179,7 @@ def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, cpu: int = 0) -> Faul
         mem.tables.entries[at[sole]] |= _PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
     faults = np.zeros(addrs.size, dtype=np.uint16)
     shared = readonly & ~sole
-    if shared.any():
+    if some(shared):
         faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared], cpu=cpu)
     return faults
 
@@ -193,7 +193,7 @@ def wp_page_copy(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, cpu: in
     new, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
     addrs, at, ptes = addrs[: new.size], at[: new.size], ptes[: new.size]
     old, zero = pte_pfn(ptes), pte_special(ptes)
-    if mem.payload is not None and not zero.all():
+    if mem.payload is not None and not every(zero):
         mem.payload[new[~zero]] = mem.payload[old[~zero]]
 
     for start, end in contiguous_runs(addrs) if addrs.size else []:
@@ -226,13 +226,13 @@ def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faul
     lost = is_hwpoison_entry(ptes)
 
     faults[lost] = VmFault.HWPOISON
-    if private.any():
+    if some(private):
         pfns = swp_offset(ptes[private])
         faults[private] = _device_private_entry_fault(vma, addrs[private], pfns, write=write)
-    if moving.any():
+    if some(moving):
         migration_entry_wait(mem, swp_offset(ptes[moving]))
     unknown = ~(moving | private | lost)
-    if unknown.any():
+    if some(unknown):
         raise KernelBug(
             f"bad page table entry {ptes[unknown][0]:#x} at {addrs[unknown][0]:#x} of {vma!r}"
         )

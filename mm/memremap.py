@@ -14,7 +14,7 @@ from mm.memparse import format_size
 from mm.mmzone import Zone
 from mm.page_flags import PG_reserved
 from mm.types import COLUMNS, DevPagemap, MemMap, MemoryType
-from mm.typing import PAGE_SIZE, Pfns
+from mm.typing import PAGE_SIZE, Pfns, places, some
 
 FREE_REFCOUNT = 1  # of a ZONE_DEVICE page; 0 since v5.18 or so
 
@@ -63,7 +63,7 @@ def devm_memunmap_pages(mem: MemMap, zone: Zone) -> None:
     Linux: devm_memremap_pages_release(), kernel/memremap.c.
     """
     rows = slice(zone.start_pfn, zone.end_pfn)
-    used = np.flatnonzero(mem.refcount[rows] != FREE_REFCOUNT)
+    used = places(mem.refcount[rows] != FREE_REFCOUNT)
     if used.size:
         raise Busy(
             f"{used.size} device pages are in use, the first is PFN {zone.start_pfn + used[0]:#x}; "
@@ -80,7 +80,7 @@ def free_zone_device_page(mem: MemMap, pfns: Pfns) -> None:
 
     Linux: __put_devmap_managed_page(), kernel/memremap.c.
     """
-    if mem.mapcount[pfns].any():
+    if some(mem.mapcount[pfns]):
         wrong = pfns[mem.mapcount[pfns] != 0]
         raise KernelBug(f"device page {wrong[0]:#x} is freed while page tables map it")
     mem.flags[pfns] = PG_reserved

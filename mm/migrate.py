@@ -23,7 +23,7 @@ from mm.page_flags import (
     PG_uptodate,
 )
 from mm.types import MemMap
-from mm.typing import Pfns
+from mm.typing import Pfns, every
 
 # What moves with the page, and what the old page loses by it.
 _MOVED_FLAGS: Final = PG_referenced | PG_uptodate | PG_dirty | PG_active | PG_unevictable
@@ -40,7 +40,7 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.i
     with mem.locks.atomic:
         expected = 1 + mem.is_zone_device_page(old).view(np.int8)
         alone = mem.refcount[old] == expected
-        moved_old, moved_new = (old, new) if alone.all() else (old[alone], new[alone])
+        moved_old, moved_new = (old, new) if every(alone) else (old[alone], new[alone])
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
         mem.flags[moved_new] |= mem.flags[moved_old] & PG_swapbacked
@@ -61,7 +61,7 @@ def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:
     """
     status = migrate_page_move_mapping(mem, new, old)
     moved = status == 0
-    if moved.all():
+    if every(moved):
         migrate_page_states(mem, new, old)
     else:
         migrate_page_states(mem, new[moved], old[moved])

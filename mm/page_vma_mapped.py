@@ -7,7 +7,7 @@ import numpy as np
 from mm.pgtable import pte_offset, pte_pfn, pte_present
 from mm.swapops import is_device_private_entry, is_migration_entry, swp_offset
 from mm.types import Vma
-from mm.typing import Addresses, Indices, Mask, Pfns
+from mm.typing import Addresses, Indices, Mask, Pfns, every
 
 
 def page_vma_mapped_walk(
@@ -24,7 +24,7 @@ def page_vma_mapped_walk(
     if migration:
         return at, is_migration_entry(ptes) & (swp_offset(ptes) == pfns)
     present = pte_present(ptes)
-    if present.all():
+    if every(present):
         return at, pte_pfn(ptes) == pfns
     held = np.where(present, pte_pfn(ptes), swp_offset(ptes))
     return at, (present | is_device_private_entry(ptes)) & (held == pfns)

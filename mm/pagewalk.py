@@ -26,7 +26,7 @@ from mm.pgtable import (
     pmd_offset,
     pte_tables,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Ptes, places, some
 
 MAX_RUN: Final = 1 << 13  # entries: 64 KiB of table, 32 MiB of memory
 
@@ -82,7 +82,7 @@ def _walk_pmd_table(
     rows = pte_tables(pool, pmd, start, end)
     there = rows != 0
     follows = np.where(there[1:], rows[1:] == rows[:-1] + 1, True) & (there[1:] == there[:-1])
-    heads = [0, *(np.flatnonzero(~follows) + 1).tolist()] if rows.size > 1 else [0]
+    heads = [0, *(places(~follows) + 1).tolist()] if rows.size > 1 else [0]
     base = start & ~(PMD_SIZE - 1)
     for head, tail in zip(heads, [*heads[1:], rows.size], strict=True):
         lo = max(start, base + (head << PMD_SHIFT))
@@ -135,7 +135,7 @@ def free_pgtables(pool: TablePool, pgd: int, start: int, end: int) -> None:
 def _free_pte_tables(pool: TablePool, pmd: int, start: int, end: int) -> None:
     rows = pte_tables(pool, pmd, start, end)
     first = (start >> PMD_SHIFT) & (PTRS_PER_PTE - 1)
-    used = np.flatnonzero(rows)
+    used = places(rows)
     tables = pool.entries.reshape(-1, PTRS_PER_PTE)
     empty = used[~tables[rows[used]].any(axis=1)]
     if empty.size:
@@ -151,7 +151,7 @@ def _free_upper_tables(pool: TablePool, pgd: int, addr: int) -> None:
         path.append(entry >> PAGE_SHIFT)
     for shift in (PUD_SHIFT, P4D_SHIFT, PGDIR_SHIFT):
         table = path.pop()
-        if pool.row(table).any():
+        if some(pool.row(table)):
             return
         pool.release(np.array([table], dtype=np.int64))
         pool.row(path[-1])[(addr >> shift) & (PTRS_PER_PTE - 1)] = 0

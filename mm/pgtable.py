@@ -20,7 +20,7 @@ import numpy as np
 
 from mm.errors import KernelBug, OutOfMemory
 from mm.page_flags import BIT
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, places, some
 from mm.vmstat import VmStat
 
 PTRS_PER_PTE: Final = 512
@@ -132,7 +132,7 @@ class TablePool:
     def release(self, rows: Indices) -> None:
         """Give *rows* back; they must be empty. Linux: pte_free(), arch/x86/mm/pgtable.c."""
         for row in rows.tolist():
-            if self.row(row).any():
+            if some(self.row(row)):
                 raise KernelBug(f"page table {row:#x} is freed with entries in it")
         self.free = np.sort(np.concatenate((self.free, rows)))
         self.vmstat.add("nr_page_table_pages", -rows.size)
@@ -190,7 +190,7 @@ def pte_alloc(pool: TablePool, pgd: int, start: int, end: int) -> None:
     while start < end:
         stop = min(end, (start | (PUD_SIZE - 1)) + 1)
         pmd = pmd_alloc(pool, pgd, start)
-        missing = np.flatnonzero(pte_tables(pool, pmd, start, stop) == 0)
+        missing = places(pte_tables(pool, pmd, start, stop) == 0)
         if missing.size:
             at = pmd * PTRS_PER_PTE + _index(start, PMD_SHIFT) + missing
             pool.entries[at] = mk_pte(pool.alloc(missing.size), _PAGE_TABLE)
@@ -205,7 +205,7 @@ def pte_alloc_each(pool: TablePool, pgd: int, addrs: Addresses) -> None:
     if not addrs.size:
         return
     blocks = addrs >> PMD_SHIFT
-    heads = np.flatnonzero(blocks[1:] > blocks[:-1] + 1) + 1  # a gap of a table or more
+    heads = places(blocks[1:] > blocks[:-1] + 1) + 1  # a gap of a table or more
     firsts = blocks[np.concatenate((_HEAD, heads))]
     lasts = blocks[np.concatenate((heads - 1, _HEAD - 1))]
     for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
@@ -219,7 +219,7 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     and only callers that made the tables may write. Linux: pte_offset_map(), asm/pgtable.h.
     """
     pmds = addrs >> PMD_SHIFT
-    heads = np.flatnonzero(pmds[1:] != pmds[:-1]) + 1
+    heads = places(pmds[1:] != pmds[:-1]) + 1
     if heads.size > 8:
         blocks, inverse = np.unique(pmds, return_inverse=True)
     else:

@@ -51,7 +51,18 @@ from mm.types import (
     linear_page_index,
     vma_pages,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Indices,
+    Mask,
+    Pfns,
+    Ptes,
+    every,
+    places,
+    some,
+)
 
 _ONE: Final = np.int32(1)
 
@@ -169,7 +180,7 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     """
     mapping = mem.mapping[pfns]
     index = mem.index[pfns]
-    if pfns.size and (mapping == mapping[0]).all():
+    if pfns.size and every(mapping == mapping[0]):
         groups = mapping[:1]
     else:
         groups = np.unique(mapping)
@@ -181,14 +192,14 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
         with anon_vma.rwsem.read():
             for vma in tuple(anon_vma.vmas):
                 offset = index - vma.vm_pgoff
-                inside = np.flatnonzero(ours & (offset >= 0) & (offset < vma_pages(vma)))
+                inside = places(ours & (offset >= 0) & (offset < vma_pages(vma)))
                 if inside.size:
                     yield Mapping(vma, inside, vma.vm_start + (offset[inside] << PAGE_SHIFT))
 
 
 def contiguous_runs(addrs: Addresses) -> list[tuple[int, int]]:
     """Sorted page addresses as ranges [start, end) without gaps."""
-    breaks = np.flatnonzero(addrs[1:] != addrs[:-1] + PAGE_SIZE)
+    breaks = places(addrs[1:] != addrs[:-1] + PAGE_SIZE)
     starts = addrs[np.concatenate(([0], breaks + 1))]
     ends = addrs[np.concatenate((breaks, [addrs.size - 1]))] + PAGE_SIZE
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
@@ -204,13 +215,13 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     Linux: try_to_unmap_one() with TTU_MIGRATION, mm/rmap.c.
     """
     present = pte_present(ptes)
-    if present.all():
+    if every(present):
         writable, soft_dirty, dirty = pte_write(ptes), pte_soft_dirty(ptes), pte_dirty(ptes)
     else:
         writable = np.where(present, pte_write(ptes), is_write_device_private_entry(ptes))
         soft_dirty = np.where(present, pte_soft_dirty(ptes), pte_swp_soft_dirty(ptes))
         dirty = present & pte_dirty(ptes)
-    if dirty.any():
+    if some(dirty):
         mem.flags[pfns[dirty]] |= PG_dirty
     page_remove_rmap(mem, pfns)
     return make_migration_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
@@ -248,7 +259,7 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
     for vma, pages, addrs in rmap_walk(mem, new):
         with vma.vm_mm.page_table_lock:
             at, waiting = page_vma_mapped_walk(vma, old[pages], addrs, migration=True)
-            if waiting.all():
+            if every(waiting):
                 replaced = new[pages]
             else:
                 at, replaced = at[waiting], new[pages[waiting]]
@@ -267,11 +278,11 @@ def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
     soft_dirty = pte_swp_soft_dirty(waiting)
 
     device = mem.is_zone_device_page(pfns)
-    if device.all() and mem.is_device_private_page(pfns).all():
+    if every(device) and every(mem.is_device_private_page(pfns)):
         return make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
     entries = mk_pte(pfns, vma.vm_page_prot & ~_PAGE_ACCESSED)
     entries |= writable * _PAGE_RW | soft_dirty * _PAGE_SOFT_DIRTY
-    if device.any():
+    if some(device):
         theirs = make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
         entries |= device * _PAGE_DEVMAP
         entries = np.where(mem.is_device_private_page(pfns), theirs, entries)

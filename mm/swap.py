@@ -9,6 +9,7 @@ than a few passes over its columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -20,9 +21,12 @@ from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
 from mm.page_alloc import free_pages_bulk
 from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
 from mm.types import MemMap
-from mm.typing import Mask, Pfns, Ptes
+from mm.typing import Indices, Mask, Pfns, Ptes, every, places, some
 
 _ONE: Final = np.int32(1)
+_LRU_KIND: Final = PG_swapbacked | PG_active | PG_unevictable
+_SWAPBACKED, _ACTIVE, _UNEVICTABLE = int(PG_swapbacked), int(PG_active), int(PG_unevictable)
+_NID_SHIFT: Final = np.uint64(32)
 _COUNTERS: Final = {lru: f"nr_{lru.name.lower()}" for lru in Lru}
 
 
@@ -46,12 +50,12 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
         return
     device = mem.is_zone_device_page(pfns)
     unused = pfns[left == device]
-    if (left < device).any():
+    if some(left < device):
         wrong = pfns[left < device]
         raise KernelBug(f"put_page: no reference left on {', '.join(map(hex, wrong[:8].tolist()))}")
     if not unused.size:
         return
-    if unused.size > 1 and (unused[1:] <= unused[:-1]).any():
+    if unused.size > 1 and some(unused[1:] <= unused[:-1]):
         unused = np.unique(unused)
     if mem.is_zone_device_page(unused[-1:])[0]:
         split = int(np.searchsorted(unused, mem.max_pfn))
@@ -65,18 +69,37 @@ def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     """Off the lists and back to the allocator. Linux: __put_single_page(), mm/swap.c."""
     flags = mem.flags[pfns]
     listed = (flags & PG_lru) != 0
-    if listed.any():
-        _count_lru(mem, pfns[listed], flags[listed], -1)
+    if some(listed):
+        _del_from_lru(mem, pfns[listed], flags[listed])
     mem.flags[pfns] = flags & ~(PG_lru | PG_active | PG_unevictable)
     mem.mapping[pfns] = 0
     free_pages_bulk(mem, pfns, cpu)
 
 
-def page_lru(flags: Ptes) -> Pfns:
-    """Which `Lru` list each page with these *flags* belongs on. Linux: page_lru()."""
-    lists = np.where(flags & PG_swapbacked, Lru.INACTIVE_ANON, Lru.INACTIVE_FILE)
-    lists += ((flags & PG_active) != 0).view(np.int8)
-    return np.where(flags & PG_unevictable, Lru.UNEVICTABLE, lists)
+def page_lru(flags: int) -> Lru:
+    """The list for a page with these *flags*. Linux: page_lru(), include/linux/mm_inline.h."""
+    if flags & _UNEVICTABLE:
+        return Lru.UNEVICTABLE
+    lru = Lru.INACTIVE_ANON if flags & _SWAPBACKED else Lru.INACTIVE_FILE
+    return Lru(lru + bool(flags & _ACTIVE))
+
+
+def _by_list(
+    mem: MemMap, pfns: Pfns, flags: Ptes
+) -> Iterator[tuple[LruList, str, slice | Indices]]:
+    """The lists that *pfns* belong on, with their counters and which of *pfns* go there."""
+    kinds = flags & _LRU_KIND
+    nids = mem.page_to_nid(pfns) if len(mem.nodes) > 1 else None
+    if not every(kinds == kinds[0]) or (nids is not None and some(nids != nids[0])):
+        keys = kinds if nids is None else kinds | (nids.astype(np.uint64) << _NID_SHIFT)
+        for key in np.unique(keys).tolist():
+            lru = page_lru(key)
+            node = mem.nodes[key >> int(_NID_SHIFT)]
+            yield node.lruvec[lru], _COUNTERS[lru], places(keys == key)
+        return
+    lru = page_lru(kinds.item(0))
+    node = mem.nodes[0 if nids is None else nids.item(0)]
+    yield node.lruvec[lru], _COUNTERS[lru], slice(None)
 
 
 def lru_cache_add(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
@@ -107,26 +130,24 @@ def lru_add_drain_all(mem: MemMap) -> None:
 def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     """Onto the lists, and drop the pagevec's reference. Linux: __pagevec_lru_add()."""
     flags = mem.flags[pfns]
-    mem.flags[pfns] = flags | PG_lru
-    mem.lru_stamp[pfns] = stamps = np.arange(mem.lru_clock, mem.lru_clock + pfns.size)
+    stamps = np.arange(mem.lru_clock, mem.lru_clock + pfns.size)
     mem.lru_clock += pfns.size
-    keys = _count_lru(mem, pfns, flags, 1)
-    for key in np.unique(keys).tolist():
-        here = keys == key
-        node, lru = divmod(key, len(Lru))
-        _append(mem, mem.nodes[node].lruvec[lru], pfns[here], stamps[here])
+    mem.flags[pfns] = flags | PG_lru
+    mem.lru_stamp[pfns] = stamps
+    for lru, counter, here in _by_list(mem, pfns, flags):
+        added = pfns[here]
+        _append(mem, lru, added, stamps[here])
+        lru.nr_pages += added.size
+        mem.vmstat.add(counter, added.size)
     put_page(mem, pfns, cpu)
 
 
-def _count_lru(mem: MemMap, pfns: Pfns, flags: Ptes, sign: int) -> Pfns:
-    """Account for pages that come (+1) or go (-1); returns node * 5 + list of each."""
-    keys = mem.page_to_nid(pfns) * len(Lru) + page_lru(flags)
-    counts = np.bincount(keys)
-    for key in np.flatnonzero(counts).tolist():
-        node, lru = divmod(key, len(Lru))
-        mem.nodes[node].lruvec[lru].nr_pages += sign * counts.item(key)
-        mem.vmstat.add(_COUNTERS[Lru(lru)], sign * counts.item(key))
-    return keys
+def _del_from_lru(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
+    """Account for pages that leave their lists. Linux: del_page_from_lru_list()."""
+    for lru, counter, here in _by_list(mem, pfns, flags) if pfns.size else ():
+        count = pfns[here].size
+        lru.nr_pages -= count
+        mem.vmstat.add(counter, -count)
 
 
 def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
@@ -134,7 +155,7 @@ def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
     if lru.size + pfns.size > lru.log.size:
         log, old_stamps = lru.log[: lru.size], lru.stamps[: lru.size]
         live = (mem.lru_stamp[log] == old_stamps) & ((mem.flags[log] & PG_lru) != 0)
-        kept = np.flatnonzero(live)
+        kept = places(live)
         capacity = max(lru.log.size, 2 * (kept.size + pfns.size))
         lru.log, lru.stamps = (
             np.concatenate((column[kept], np.empty(capacity - kept.size, dtype=np.int64)))
@@ -161,10 +182,10 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
     with mem.locks.atomic:
         flags = mem.flags[pfns]
         isolated = (flags & PG_lru) != 0
-        taken = pfns if isolated.all() else pfns[isolated]
+        taken = pfns if every(isolated) else pfns[isolated]
         mem.flags[taken] &= ~PG_lru
     get_page(mem, taken)
-    _count_lru(mem, taken, flags[isolated], -1)
+    _del_from_lru(mem, taken, flags[isolated])
     return isolated
 
 

@@ -21,3 +21,21 @@ Payload: TypeAlias = NDArray[np.uint8]  # contents, uint8[pages, 4096]
 def pages(*numbers: int) -> Pfns:
     """A vector of *numbers*, for the places where one page is at hand rather than many."""
     return np.array(numbers, dtype=np.int64)
+
+
+# NumPy's own any(), all() and flatnonzero() cost more than the work on a short vector.
+
+
+def some(mask: Mask) -> bool:
+    """True if any element is."""
+    return np.count_nonzero(mask) != 0
+
+
+def every(mask: Mask) -> bool:
+    """True if all elements are; also of none."""
+    return np.count_nonzero(mask) == mask.size
+
+
+def places(mask: Mask) -> Indices:
+    """Where *mask*, a vector, is True."""
+    return mask.nonzero()[0]

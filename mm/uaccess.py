@@ -27,8 +27,8 @@ from mm.pgtable import (
     pte_offset,
     pte_pfn,
 )
-from mm.types import VM_EXEC, VM_READ, VM_WRITE, MmStruct, VmFault, Vma
-from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns
+from mm.types import VM_EXEC, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
+from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, every, places
 
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
 Use: TypeAlias = Callable[[int, Pfns], None]
@@ -76,7 +76,7 @@ def _use_ready(
         at = pte_offset(pool, mm.pgd, addrs)
         ptes = pool.entries[at]
         ready = (ptes & need) == need
-        used = addrs.size if ready.all() else int(np.argmin(ready))
+        used = addrs.size if every(ready) else int(np.argmin(ready))
         if used:
             pool.entries[at[:used]] = ptes[:used] | mark
             use(place, pte_pfn(ptes[:used]))
@@ -96,7 +96,7 @@ def _fault_in(
                 return addr, _segmentation_fault(mm, vma, addr, write=write)
             here = addrs[done : int(np.searchsorted(addrs, vma.vm_end))]
             faults = handle_mm_fault(vma, here, write=write, cpu=cpu)
-            failed = np.flatnonzero(faults & VmFault.ERROR)
+            failed = places(faults & VmFault.ERROR)
             if failed.size:
                 addr = here.item(failed[0])
                 return addr, _fault_error(mm, addr, VmFault(faults.item(failed[0])))
@@ -176,7 +176,7 @@ def gather_from_user(mm: MmStruct, addrs: Addresses, *, cpu: int = 0) -> Payload
     frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
 
     def load(place: int, pfns: Pfns) -> None:
-        here = np.flatnonzero((page_of >= place) & (page_of < place + pfns.size))
+        here = places((page_of >= place) & (page_of < place + pfns.size))
         out[here] = flat[byte_places(pfns, addrs[here], page_of[here] - place)]
 
     access_pages(mm, frames, load, write=False, cpu=cpu)
@@ -189,7 +189,7 @@ def scatter_to_user(mm: MmStruct, addrs: Addresses, data: Payload, *, cpu: int =
     frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
 
     def store(place: int, pfns: Pfns) -> None:
-        here = np.flatnonzero((page_of >= place) & (page_of < place + pfns.size))
+        here = places((page_of >= place) & (page_of < place + pfns.size))
         flat[byte_places(pfns, addrs[here], page_of[here] - place)] = data[here]
 
     access_pages(mm, frames, store, write=True, cpu=cpu)
