@@ -201,7 +201,8 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
             on_list = np.isin(log, here) & (mem.lru_stamp[log] == stamps)
             np.add.at(found, log[on_list], np.int32(1))
             if items.nr_pages != here.size:
-                yield f"nr_{lru.name.lower()}: node {node.nid} counts {items.nr_pages}, has {here.size}"
+                what = f"node {node.nid} counts {items.nr_pages}, has {here.size}"
+                yield f"nr_{lru.name.lower()}: {what}"
     yield from _complain("lru_stamp", listed, found[listed] != 1, "not once in the log of its list")
     for lru in Lru:
         name = f"nr_{lru.name.lower()}"

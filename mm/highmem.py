@@ -6,6 +6,7 @@ Linux: copy_highpage() and its relatives, include/linux/highmem.h.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -25,7 +26,7 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
     cuts = places(breaks) + 1
     if to.size >= _WORTH_SLICING * (cuts.size + 1):
         bounds = [0, *cuts.tolist(), to.size]
-        for i, k in zip(bounds[:-1], bounds[1:], strict=True):
+        for i, k in pairwise(bounds):
             a, b = to.item(i), frm.item(i)
             dst[a : a + k - i] = src[b : b + k - i]
         return

@@ -15,7 +15,9 @@ preemption point who goes on, and so can try interleavings one by one.
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Protocol
@@ -54,24 +56,12 @@ class _Threads(threading.local):
     """Gives each thread a small number, which fits the column `lock_owner`."""
 
     def __init__(self) -> None:
-        with _numbers_lock:
-            self.number = _numbers.pop() if _numbers else next(_fresh_numbers)
-        self._returner = _NumberReturner(self.number)
+        self.number = next(_fresh_numbers) if not _numbers else _numbers.pop()
+        weakref.finalize(threading.current_thread(), _numbers.append, self.number).atexit = False
 
 
-class _NumberReturner:
-    """Takes a thread's number back when the thread's locals go."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        _numbers.append(self.number)
-
-
-_numbers: list[int] = []
-_numbers_lock = threading.Lock()
-_fresh_numbers = iter(range(1, 1 << 16))
+_numbers: list[int] = []  # of threads that are gone
+_fresh_numbers = itertools.count(1)
 _threads = _Threads()
 
 

@@ -13,7 +13,8 @@ from mm.debug import verify
 from mm.errors import InvalidArgument
 from mm.gfp import GFP_KERNEL, Gfp
 from mm.memparse import Size, format_size, memparse
-from mm.page_alloc import alloc_pages_bulk, build_nodes, nr_free_pages
+from mm.mm_init import build_nodes
+from mm.page_alloc import alloc_pages_bulk, nr_free_pages
 from mm.page_flags import PG_reserved
 from mm.pgtable import PTRS_PER_PTE
 from mm.process import Process

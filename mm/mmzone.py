@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import numpy as np
 
 from mm.typing import Pfns
-
-if TYPE_CHECKING:
-    from mm.types import DevPagemap
 
 MAX_ORDER: Final = 11  # orders 0 to 10, 4 KiB to 4 MiB
 MAX_ORDER_NR_PAGES: Final = 1 << (MAX_ORDER - 1)
@@ -78,7 +75,7 @@ class Zone:
         default_factory=lambda: [PageStack() for _ in range(MAX_ORDER)]
     )
     pcp: list[PageStack] = field(default_factory=list)  # one per CPU; order 0
-    pgmap: DevPagemap | None = None  # for ZONE_DEVICE
+    pgmap: Any = None  # the DevPagemap of mm/types.py behind a ZONE_DEVICE
 
 
 class Lru(IntEnum):

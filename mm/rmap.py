@@ -180,10 +180,8 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     """
     mapping = mem.mapping[pfns]
     index = mem.index[pfns]
-    if pfns.size and every(mapping == mapping[0]):
-        groups = mapping[:1]
-    else:
-        groups = np.unique(mapping)
+    alike = pfns.size > 0 and every(mapping == mapping[0])
+    groups = mapping[:1] if alike else np.unique(mapping)
     for owner in groups.tolist():
         anon_vma = mem.anon_vmas.get(owner >> 2)
         if anon_vma is None:
@@ -233,9 +231,9 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
     Where that fails a page stays mapped; the caller sees its mapcount.
     Linux: try_to_unmap(), TTU_MIGRATION | TTU_IGNORE_MLOCK | TTU_IGNORE_ACCESS, mm/rmap.c.
     """
-    for vma, pages, addrs in rmap_walk(mem, pfns):
-        order = np.argsort(addrs)
-        pages, addrs = pages[order], addrs[order]
+    for vma, found_pages, found_addrs in rmap_walk(mem, pfns):
+        order = np.argsort(found_addrs)
+        pages, addrs = found_pages[order], found_addrs[order]
         for start, end in contiguous_runs(addrs):
             near = slice(*np.searchsorted(addrs, (start, end)).tolist())
             mm = vma.vm_mm

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,6 @@ from mm.pgtable import (
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns
 from mm.vmstat import VmStat
-
-if TYPE_CHECKING:
-    from mm.mmu_notifier import MmuNotifier
 
 
 class Column(NamedTuple):
@@ -272,6 +269,6 @@ class MmStruct:
         self.anon_rss = 0  # MM_ANONPAGES
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
-        self.notifiers: list[MmuNotifier] = []
+        self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py
         self.exited = False
         mem.mms.append(self)

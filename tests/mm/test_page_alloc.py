@@ -9,13 +9,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mm import trace
 from mm.errors import InvalidArgument, KernelBug, OutOfMemory
 from mm.gfp import GFP_ATOMIC, GFP_KERNEL, Gfp
+from mm.mm_init import build_nodes
 from mm.mmzone import DMA32_END, DMA_END, MAX_ORDER
 from mm.page_alloc import (
     PCP_BATCH,
     PCP_HIGH,
     alloc_pages,
     alloc_pages_bulk,
-    build_nodes,
     check_zone,
     drain_all_pages,
     free_blocks,

@@ -1,0 +1,156 @@
+"""A small machine with one process and one device, with sane defaults: where tests begin.
+
+Every world is ended when its test ends (tests/conftest.py): pins and locks are dropped, processes
+exit, devices close, `verify()` holds, and every page is free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from devices import Driver, NumpyDevice
+from mm import PAGE_SIZE, Machine, Process
+from mm.filemap import unlock_page
+from mm.gup import Pin
+from mm.mmap import exit_mmap
+from mm.page_flags import PG_locked
+from mm.pgtable import pte_offset, pte_pfn, pte_present
+from mm.swapops import is_device_private_entry, swp_offset
+from mm.types import Vma
+from mm.typing import Addresses, Pfns, Ptes
+
+SOMEBODY_ELSE = 60_000  # number of a thread that does not run
+_worlds: list[World] = []
+
+
+@dataclass
+class World:
+    """A range of *pages* pages at *addr* of *process*, and a device to migrate them to."""
+
+    machine: Machine
+    process: Process
+    gpu: Driver
+    addr: int
+    pages: int
+    free_at_boot: int
+    pins: list[Pin] = field(default_factory=list)
+    locked: list[int] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages * PAGE_SIZE
+
+    @property
+    def vma(self) -> Vma:
+        vma = self.process.find_vma(self.addr)
+        assert vma is not None
+        return vma
+
+    @property
+    def addrs(self) -> Addresses:
+        return self.addr + np.arange(self.pages) * PAGE_SIZE
+
+    def at(self, page: int) -> int:
+        """Address of *page* of the range."""
+        return self.addr + page * PAGE_SIZE
+
+    def ptes(self) -> Ptes:
+        """The CPU's page-table entry of each page."""
+        pool = self.machine.mem.tables
+        return pool.entries[pte_offset(pool, self.process.mm.pgd, self.addrs)]
+
+    def pfns(self) -> Pfns:
+        """PFN of each page, wherever it is; -1 where there is none."""
+        ptes = self.ptes()
+        device = np.where(is_device_private_entry(ptes), swp_offset(ptes), -1)
+        return np.where(pte_present(ptes), pte_pfn(ptes), device)
+
+    def on_device(self) -> list[bool]:
+        """Which pages are in device memory."""
+        return is_device_private_entry(self.ptes()).tolist()
+
+    def fill(self) -> None:
+        """Write each page's own number all over it."""
+        for page in range(self.pages):
+            self.process.write(self.at(page), bytes([page % 251]) * PAGE_SIZE)
+
+    def contents(self) -> list[int]:
+        """What fill() wrote, by CPU loads: the first byte of each page."""
+        return [self.process.read(self.at(page), 1)[0] for page in range(self.pages)]
+
+    def pin(self, page: int) -> Pin:
+        """Hold a reference to *page*, as direct I/O does."""
+        pin = self.process.pin(self.at(page), PAGE_SIZE)
+        self.pins.append(pin)
+        return pin
+
+    def lock(self, page: int) -> None:
+        """Let another thread hold the page lock of *page*."""
+        pfn = self.pfns().item(page)
+        self.machine.mem.flags[pfn] |= PG_locked
+        self.machine.mem.lock_owner[pfn] = SOMEBODY_ELSE
+        self.locked.append(pfn)
+
+    def unlock(self, page: int) -> None:
+        """Let that thread unlock it."""
+        pfn = self.pfns().item(page)
+        self.locked.remove(pfn)
+        unlock_page(self.machine.mem, np.array([pfn]))
+
+    def end(self) -> None:
+        """Undo everything; all memory must be free and well afterwards."""
+        unlock_page(self.machine.mem, np.array(self.locked, dtype=np.int64))
+        for pin in self.pins:
+            pin.release()
+        self.machine.verify()
+        for device in [zone.pgmap for zone in self.machine.mem.zones if zone and zone.pgmap]:
+            assert isinstance(device, Driver)
+            device.close()
+        for mm in tuple(self.machine.mem.mms):
+            with mm.mmap_sem.write():
+                exit_mmap(mm)
+        self.machine.verify()
+        assert self.free_at_boot == self.machine.nr_free_pages
+        assert 0 == self.machine.vmstat["nr_page_table_pages"]
+        assert {} == self.machine.mem.anon_vmas
+
+
+def mapped_range(
+    pages: int = 5,
+    *,
+    filled: bool = True,
+    nodes: tuple[str, ...] = ("16MiB",),
+    memory: str = "4MiB",
+    prot: str = "rw",
+    cpus: int = 2,
+    payload: bool = True,
+    addr: int | None = None,
+    chunk: str | None = None,
+    neighbours: int = PAGE_SIZE,
+) -> World:
+    """A process with *pages* anonymous pages, each filled with its number, and a NumpyDevice."""
+    machine = Machine(nodes, payload=payload, cpus=cpus, debug=True, max_physmem="256MiB")
+    free = machine.nr_free_pages
+    gpu = NumpyDevice(machine, memory, chunk=chunk, neighbours=neighbours)
+    process = machine.spawn("train")
+    start = process.mmap(pages * PAGE_SIZE, prot, addr=addr)
+    world = World(machine, process, gpu, start, pages, free)
+    _worlds.append(world)
+    if filled and payload:
+        world.fill()
+    return world
+
+
+@contextmanager
+def ended_worlds() -> Iterator[None]:
+    """End every world that the block made, if the block itself succeeded."""
+    _worlds.clear()
+    yield
+    worlds = tuple(_worlds)
+    _worlds.clear()
+    for world in worlds:
+        world.end()
