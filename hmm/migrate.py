@@ -375,10 +375,11 @@ def _check_arguments(migrate: MigrateVma) -> None:
         raise InvalidArgument(f"{what}: hold mmap_sem for read until migrate_vma_finalize()")
 
 
-def _check_vector(what: str, vector: NDArray[Any], size: int, dtype: np.dtype[Any]) -> None:
-    if not isinstance(vector, np.ndarray) or vector.dtype != dtype or vector.shape != (size,):
-        got = f"{vector.dtype}{vector.shape}" if isinstance(vector, np.ndarray) else repr(vector)
-        raise InvalidArgument(f"{what} must be a NumPy array {dtype}[{size}], got {got}")
+def _check_vector(what: str, vector: object, size: int, dtype: np.dtype[Any]) -> None:
+    if isinstance(vector, np.ndarray) and vector.dtype == dtype and vector.shape == (size,):
+        return
+    got = f"{vector.dtype}{list(vector.shape)}" if isinstance(vector, np.ndarray) else repr(vector)
+    raise InvalidArgument(f"{what} must be a NumPy array {dtype}[{size}], got {got}")
 
 
 # pages

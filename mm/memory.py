@@ -107,8 +107,8 @@ def do_anonymous_page(
     if not write:
         zero = mk_pte(pages(mem.zero_pfn), vma.vm_page_prot)[0] | _PAGE_SPECIAL
         with mm.page_table_lock:
-            empty = at[pte_none(mem.tables.entries[at])]
-            mem.tables.entries[empty] = zero
+            untouched = at[pte_none(mem.tables.entries[at])]
+            mem.tables.entries[untouched] = zero
         mem.vmstat.add("zeropage_read_faults", addrs.size)
         return np.zeros(addrs.size, dtype=np.uint16)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +26,16 @@ def pages(*numbers: int) -> Pfns:
 # NumPy's own any(), all() and flatnonzero() cost more than the work on a short vector.
 
 
-def some(mask: Mask) -> bool:
-    """True if any element is."""
+def some(mask: NDArray[Any]) -> bool:
+    """True if any element is true, or not 0."""
     return np.count_nonzero(mask) != 0
 
 
-def every(mask: Mask) -> bool:
-    """True if all elements are; also of none."""
+def every(mask: NDArray[Any]) -> bool:
+    """True if all elements are; also of no elements."""
     return np.count_nonzero(mask) == mask.size
 
 
-def places(mask: Mask) -> Indices:
-    """Where *mask*, a vector, is True."""
+def places(mask: NDArray[Any]) -> Indices:
+    """Where *mask*, a vector, is true, or not 0."""
     return mask.nonzero()[0]
