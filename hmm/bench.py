@@ -1,0 +1,222 @@
+"""What this machine reaches, as ratios to a plain copy of the same bytes in the same run.
+
+Rounds of the copy and of the measured work alternate, and the fastest of each counts, so that a
+busy machine disturbs both alike. All memory is touched before, so that no round pays for the
+host's own page faults.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from hmm.offload.replay import machine_for, replay
+from hmm.offload.traces import load_trace
+from hmm.registry import load_driver
+from mm.errors import InvalidArgument
+from mm.machine import Machine
+from mm.memparse import format_size
+from mm.pgtable import pte_offset, pte_pfn
+from mm.process import Process
+from mm.typing import PAGE_SHIFT, PAGE_SIZE
+
+SIZE: Final = 256 << 20
+ROUNDS: Final = 7
+
+Work: TypeAlias = Callable[[Process, int], object]  # on a range of SIZE bytes at an address
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure.
+
+    against: what it is held against, with what that took in the same run; ratio: how it compares,
+    for a copy so that 1 is as fast as the copy and more is faster; None where it stands alone.
+    """
+
+    name: str
+    value: float
+    unit: str
+    against: str
+    ratio: float | None
+
+
+def figures(names: Iterable[str] | None = None) -> Iterator[Figure]:
+    """Measure the figures called *names*, by default all, in order.
+
+    Raises InvalidArgument for a name that is none, before anything is measured.
+    """
+    chosen = list(FIGURES) if names is None else list(names)
+    for name in chosen:
+        if name not in FIGURES:
+            raise InvalidArgument(f"no figure is called {name!r}; there are {', '.join(FIGURES)}")
+    return (FIGURES[name](name) for name in chosen)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+class _Bench:
+    """A machine and a device with room for SIZE, all their memory touched."""
+
+    def __init__(self) -> None:
+        self.machine = Machine(("1GiB",))
+        self.gpu: Any = load_driver("numpy")(self.machine, SIZE)
+        assert self.machine.mem.payload is not None
+        self.machine.mem.payload[:] = 1
+        self.gpu.memory[:] = 1
+
+    def against_copy(self, name: str, prepare: Work, work: Work) -> Figure:
+        """Time work(process, addr) on SIZE bytes after prepare(process, addr), and a copy."""
+        source, target = np.ones((2, SIZE), dtype=np.uint8)
+        copy = spent = float("inf")
+        for _ in range(ROUNDS):
+            copy = min(copy, _seconds(lambda: np.copyto(target, source)))
+            with self.machine.spawn("bench") as process:
+                addr = process.mmap(SIZE)
+                prepare(process, addr)
+                spent = min(spent, _seconds(partial(work, process, addr)))
+        against = f"np.copyto of {format_size(SIZE)}: {copy * 1e3:.1f} ms"
+        return Figure(name, spent * 1e3, "ms", against, copy / spent)
+
+    def touch(self, process: Process, addr: int) -> None:
+        """Give every page of the range a frame, by a CPU store."""
+        process.touch(addr, SIZE)
+
+    def touch_scattered(self, process: Process, addr: int) -> None:
+        """The same, and then deal the frames out among the pages at random."""
+        self.touch(process, addr)
+        mem, pages = self.machine.mem, np.arange(SIZE >> PAGE_SHIFT)
+        at = pte_offset(mem.tables, process.mm.pgd, addr + pages * PAGE_SIZE)
+        dealt = np.random.default_rng(1).permutation(pages)
+        mem.index[pte_pfn(mem.tables.entries[at])[dealt]] = (addr >> PAGE_SHIFT) + pages
+        mem.tables.entries[at] = mem.tables.entries[at][dealt]
+
+    def to_device(self, process: Process, addr: int) -> None:
+        """Migrate the range to the device."""
+        self.gpu.to_device(process, addr, SIZE)
+
+    def to_system(self, process: Process, addr: int) -> None:
+        """Migrate it back."""
+        self.gpu.to_system(process, addr, SIZE)
+
+    def on_device(self, process: Process, addr: int) -> None:
+        """Give every page of the range a page of the device."""
+        self.touch(process, addr)
+        self.to_device(process, addr)
+
+
+def migrate_to_device(name: str) -> Figure:
+    """256 MiB of touched pages, contents and all, into device memory."""
+    bench = _Bench()
+    return bench.against_copy(name, bench.touch, bench.to_device)
+
+
+def migrate_to_system(name: str) -> Figure:
+    """The same way back."""
+    bench = _Bench()
+    return bench.against_copy(name, bench.on_device, bench.to_system)
+
+
+def migrate_scattered(name: str) -> Figure:
+    """256 MiB into device memory, from frames in random order."""
+    bench = _Bench()
+    return bench.against_copy(name, bench.touch_scattered, bench.to_device)
+
+
+def touch(name: str) -> Figure:
+    """First store to each page of 256 MiB: a zeroed frame for every fault."""
+    bench = _Bench()
+    return bench.against_copy(name, lambda process, addr: None, bench.touch)
+
+
+def _cost_per_page(pages: int) -> float:
+    """Nanoseconds that a page's migration to the device costs without its contents."""
+    machine = Machine(("1GiB",), payload=False)
+    gpu: Any = load_driver("numpy")(machine, SIZE)
+    spent = float("inf")
+    for _ in range(3 * ROUNDS):
+        with machine.spawn("bench") as process:
+            addr = process.mmap(pages * PAGE_SIZE)
+            process.touch(addr, pages * PAGE_SIZE)
+            work = partial(gpu.to_device, process, addr, pages * PAGE_SIZE)
+            spent = min(spent, _seconds(work))
+    return spent / pages * 1e9
+
+
+def cost_per_page_512(name: str) -> Figure:
+    """What is left of a migration of 2 MiB when nothing is copied, for each page."""
+    return Figure(name, _cost_per_page(512), "ns", "alone", None)
+
+
+def cost_per_page_65536(name: str) -> Figure:
+    """The same of 256 MiB; ratio: its cost as a multiple of that of 2 MiB."""
+    small, large = _cost_per_page(512), _cost_per_page(65536)
+    return Figure(name, large, "ns", f"a page of 512: {small:.0f} ns", large / small)
+
+
+def fault_back_1(name: str) -> Figure:
+    """The CPU loads from a page in device memory: fault, migration and load."""
+    machine = Machine(("64MiB",))
+    gpu: Any = load_driver("numpy")(machine, "16MiB")
+    process = machine.spawn("bench")
+    pages = 512
+    addr = process.mmap(pages * PAGE_SIZE)
+    spent = []
+    for _ in range(ROUNDS):
+        process.touch(addr, pages * PAGE_SIZE)
+        gpu.to_device(process, addr, pages * PAGE_SIZE)
+        loads = [partial(process.read, addr + page * PAGE_SIZE, 8) for page in range(0, pages, 4)]
+        spent.append(np.median([_seconds(load) for load in loads]))
+    return Figure(name, float(min(spent)) * 1e6, "us", "alone", None)
+
+
+def run_sqlite_50(name: str) -> Figure:
+    """Page touches in a second of `hmm run sqlite --memory 50%`."""
+    trace = load_trace("sqlite")
+    spent = float("inf")
+    for _ in range(2):
+        machine = machine_for(trace)
+        gpu: Any = load_driver("numpy")(machine, trace.footprint.size // 2 * PAGE_SIZE)
+        report = replay(trace, machine, machine.spawn(trace.name), gpu)
+        spent = min(spent, report.wall_s)
+    return Figure(name, trace.events / spent, "touches/s", "alone", None)
+
+
+def boot_1tib(name: str) -> Figure:
+    """Boot of a machine with 1 TiB and no contents."""
+    booted = []
+    spent = _seconds(lambda: booted.append(Machine(("1TiB",), payload=False)))
+    return Figure(name, spent, "s", "alone", None)
+
+
+def boot_1tib_bytes_per_page(name: str) -> Figure:
+    """What the columns take for each page of such a machine; struct page takes 64 bytes."""
+    machine = Machine(("1TiB",), payload=False)
+    size = machine.metadata_bytes_per_page
+    return Figure(name, size, "bytes", "struct page: 64 bytes", 64 / size)
+
+
+FIGURES: Final[dict[str, Callable[[str], Figure]]] = {
+    measure.__name__: measure
+    for measure in (
+        migrate_to_device,
+        migrate_to_system,
+        migrate_scattered,
+        touch,
+        cost_per_page_512,
+        cost_per_page_65536,
+        fault_back_1,
+        run_sqlite_50,
+        boot_1tib,
+        boot_1tib_bytes_per_page,
+    )
+}
