@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mm.typing import Indices, places
+from mm.typing import Indices
+from mm.vectors import places
 
 
 class Chunks:

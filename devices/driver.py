@@ -34,20 +34,9 @@ from mm.process import Process
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import MmStruct, Vma, VmFault
-from mm.typing import (
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    Addresses,
-    Indices,
-    Mask,
-    Payload,
-    Pfns,
-    Ptes,
-    every,
-    places,
-    some,
-)
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
 from mm.uaccess import access_error, page_range
+from mm.vectors import every, pieces, places, some, stretches
 
 gpu_fault: Final = TracePoint("gpu_fault")
 
@@ -171,8 +160,8 @@ class Driver(DeviceMemory):
         if gpu_fault:
             gpu_fault(device=self.name, process=mm.name, addrs=addrs, write=write)
         self.make_room(addrs.size)
-        cuts = places(np.diff(addrs >> PMD_SHIFT)) + 1
-        for block in np.split(np.arange(addrs.size), cuts):
+        blocks = addrs >> PMD_SHIFT
+        for block in pieces(blocks[1:] != blocks[:-1], blocks.size):
             self._fault_block(mm, addrs[block], write[block])
 
     def _fault_block(self, mm: MmStruct, addrs: Addresses, write: Mask) -> None:
@@ -300,9 +289,9 @@ class Driver(DeviceMemory):
     def _move_prefix(
         self, addr: int, addrs: Addresses, pfns: Pfns, move: Callable[[Payload, int, Pfns], None]
     ) -> None:
-        for stretch in np.split(np.arange(pfns.size), places(np.diff(pfns) != 1) + 1):
-            for memory, _, rows in self._sides(pfns[stretch]) if stretch.size else []:
-                move(memory, max(addr, addrs.item(stretch[0])), rows)
+        for run in stretches(pfns):
+            for memory, _, rows in self._sides(pfns[run]):
+                move(memory, max(addr, addrs.item(run.start)), rows)
 
     def _launch(
         self,
@@ -328,7 +317,7 @@ class Driver(DeviceMemory):
     def _gather(self, pfns: Pfns) -> Payload:
         """The contents of *pfns* in a row: a view where they lie so, else a copy."""
         sides = self._sides(pfns)
-        if len(sides) == 1 and not some(np.diff(pfns) != 1):
+        if len(sides) == 1 and len(stretches(pfns)) == 1:
             memory, _, rows = sides[0]
             return memory[rows[0] : rows[0] + rows.size]
         pages = np.empty((pfns.size, PAGE_SIZE), dtype=np.uint8)

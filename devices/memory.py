@@ -40,18 +40,8 @@ from mm.process import Process
 from mm.rmap import rmap_walk
 from mm.swap import get_page, put_page
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
-from mm.typing import (
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    Addresses,
-    Indices,
-    Mask,
-    Payload,
-    Pfns,
-    every,
-    places,
-    some,
-)
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns
+from mm.vectors import distinct, every, pieces, places, some
 
 MIN_CHUNK: Final = 64 << 10
 MAX_CHUNK: Final = 2 << 20
@@ -226,7 +216,7 @@ class DeviceMemory(ABC):
             return VmFault.OOM
         if self.neighbour_pages > 1:
             size = self.neighbour_pages << PAGE_SHIFT
-            for block in np.unique(addrs // size).tolist():
+            for block in distinct(addrs // size):
                 start, end = max(block * size, vma.vm_start), min((block + 1) * size, vma.vm_end)
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
         return VmFault(0)
@@ -359,8 +349,8 @@ class DeviceMemory(ABC):
     ) -> None:
         """Migrate the pages at *addrs* (ascending), one call for those that lie close."""
         with mm.mmap_sem.read():
-            cuts = places(np.diff(addrs) > PMD_SIZE) + 1
-            for near in np.split(addrs, cuts):
+            for piece in pieces(addrs[1:] > addrs[:-1] + PMD_SIZE, addrs.size):
+                near = addrs[piece]
                 for vma in vmas_in(mm, near.item(0), near.item(-1) + PAGE_SIZE):
                     here = near[(near >= vma.vm_start) & (near < vma.vm_end)]
                     if here.size:

@@ -125,7 +125,12 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure what migration reaches on this computer."""
-    figures = benchmarks.figures(only or None)
+    figures = []
+    with _progress("measuring", shown=not as_json) as progress:
+        for figure in benchmarks.figures(only or None):
+            figures.append(figure)
+            if progress is not None:
+                progress(len(figures), len(only or benchmarks.FIGURES))
     table = Table("figure", "value", "unit", "ratio", "against", box=None)
     for figure in figures:
         ratio = "" if figure.ratio is None else f"{figure.ratio:.3g}"
@@ -168,6 +173,7 @@ def chunk_bytes(chunk: str | None) -> int | None:
 def _replay(trace: Trace, machine: Machine, gpu: Device, progress: Progress | None) -> Report:
     process = machine.spawn(trace.name)
     report = replay(trace, machine, process, gpu, progress)
+    machine.verify()
     process.exit()
     gpu.close()
     return report

@@ -21,7 +21,8 @@ from hmm.migrate_pfn import (
 from mm.errors import DriverBug
 from mm.page_flags import PG_locked
 from mm.types import MemMap, MemoryType
-from mm.typing import Indices, Mask, Pfns, places, some
+from mm.typing import Indices, Mask, Pfns
+from mm.vectors import places, some
 
 
 class Contract:

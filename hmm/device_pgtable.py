@@ -18,7 +18,8 @@ from mm.mmu_notifier import (
 from mm.pagewalk import free_pgtables, walk_page_range
 from mm.pgtable import _PAGE_PRESENT, _PAGE_RW, mk_pte, pte_alloc_each, pte_offset
 from mm.types import MmStruct
-from mm.typing import Addresses, Mask, Pfns, Ptes, pages, places
+from mm.typing import Addresses, Mask, Pfns, Ptes, pages
+from mm.vectors import places
 
 ADDRESS_SPACE = 1 << 57
 

@@ -45,15 +45,13 @@ from hmm.migrate_pfn import (
 from mm.errors import InvalidArgument, InvalidRange
 from mm.filemap import trylock_page, unlock_page
 from mm.locking import preempt
-from mm.memory import anon_entries, lru_cache_add_active
+from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_lru, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
-    pte_alloc_each,
     pte_none,
-    pte_offset,
     pte_pfn,
     pte_present,
     pte_special,
@@ -79,7 +77,8 @@ from mm.swap import (
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma, page_anon, vma_is_anonymous
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes, every, places, some
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes
+from mm.vectors import every, places, some
 
 mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
@@ -150,7 +149,7 @@ class MigrateVma:
     @property
     def cpages(self) -> int:
         """Entries that can still move, or have moved, holes included."""
-        return int(np.count_nonzero(is_migrating(self.src)))
+        return int(np.count_nonzero(self.src & MIGRATE_PFN_MIGRATE))
 
     @property
     def status(self) -> NDArray[np.int32]:
@@ -159,6 +158,8 @@ class MigrateVma:
 
     def drop(self, entries: Indices, why: Stayed) -> None:
         """Say that *entries* stay."""
+        if not entries.size:
+            return
         self.src[entries] &= ~MIGRATE_PFN_MIGRATE
         self.stayed[entries] = why
 
@@ -423,12 +424,10 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
     pfns = migrate_pfn_to_pfn(migrate.dst[holes])
     addrs = migrate.start + (holes << PAGE_SHIFT)
     anon_vma_prepare(vma)
-    with mm.page_table_lock:
-        pte_alloc_each(mem.tables, mm.pgd, addrs)
+    at = pte_offset_alloc(mm, addrs)
     start = addrs.item(0)
     with mmu_notifier_range(mm, start, migrate.end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner):
         with mm.page_table_lock:
-            at = pte_offset(mem.tables, mm.pgd, addrs)
             ptes = mem.tables.entries[at]
             empty = pte_none(ptes) | (pte_present(ptes) & pte_special(ptes))
             mapped = pfns[empty]

@@ -10,7 +10,8 @@ from mm.errors import Deadlock, KernelBug
 from mm.locking import NOBODY, current, preempt
 from mm.page_flags import PG_locked
 from mm.types import MemMap
-from mm.typing import Mask, Pfns, every, some
+from mm.typing import Mask, Pfns
+from mm.vectors import every, some
 
 
 def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -66,6 +67,8 @@ def wait_on_page_locked(mem: MemMap, pfn: int) -> None:
 
 def unlock_page(mem: MemMap, pfns: Pfns) -> None:
     """Unlock *pfns* and wake whoever waits. Linux: unlock_page(), mm/filemap.c."""
+    if not pfns.size:
+        return
     with mem.locks.atomic:
         flags = mem.flags[pfns]
         unlocked = (flags & PG_locked) == 0

@@ -15,7 +15,9 @@ import numpy as np
 from mm.mmzone import MAX_ORDER, Zone
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, pages
+from mm.vectors import stretches
 
+_LONG_RUN: Final = 8  # mean length from which freeing run by run is faster
 _SLACK: Final = 32  # stale items that a look at a stack may meet before it has to look again
 
 
@@ -52,6 +54,51 @@ def rmqueue_smallest(mem: MemMap, zone: Zone, count: int) -> int:
             add_range(mem, zone, pfn + count, pfn + (1 << order))
             return pfn
     return 0
+
+
+def free_pages_sorted(mem: MemMap, zone: Zone, pfns: Pfns) -> None:
+    """Free single pages (ascending): run by run where runs are long, else as a vector."""
+    runs = stretches(pfns)
+    if _LONG_RUN * len(runs) > pfns.size:
+        free_one_page(mem, zone, pfns, 0)
+        return
+    for run in runs:
+        free_range(mem, zone, pfns.item(run.start), pfns.item(run.stop - 1) + 1)
+
+
+def free_range(mem: MemMap, zone: Zone, start: int, end: int) -> None:
+    """Free [*start*, *end*): at each order only its two ends can have a buddy outside.
+
+    An end that has no place in a block of the next order takes its buddy in, where that is free,
+    or is listed and cut off.
+    """
+    for order in range(MAX_ORDER - 1):
+        size = 1 << order
+        if start & size and start < end:
+            if _take_buddy(mem, zone, start - size, order):
+                start -= size
+            else:
+                add_to_free_area(mem, zone, pages(start), order)
+                start += size
+        if end & size and start < end:
+            if _take_buddy(mem, zone, end, order):
+                end += size
+            else:
+                end -= size
+                add_to_free_area(mem, zone, pages(end), order)
+        if start >= end:
+            return
+    size = 1 << (MAX_ORDER - 1)
+    add_to_free_area(mem, zone, np.arange(end - size, start - 1, -size), MAX_ORDER - 1)
+
+
+def _take_buddy(mem: MemMap, zone: Zone, buddy: int, order: int) -> bool:
+    """Take *buddy* off its list if it is a free block of *order* in *zone*."""
+    if not zone.start_pfn <= buddy < zone.end_pfn or mem.free_order.item(buddy) != order + 1:
+        return False
+    mem.free_order[buddy] = 0
+    zone.nr_free -= 1 << order
+    return True
 
 
 def free_one_page(mem: MemMap, zone: Zone, heads: Pfns, order: int) -> None:

@@ -6,12 +6,13 @@ Linux: copy_highpage() and its relatives, include/linux/highmem.h.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Payload, Pfns, places, some
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Payload, Pfns
+from mm.vectors import pieces, some, stretches
 
 _BLOCK: Final = 128  # rows of a staging copy: 512 KiB, what a core's cache holds
 _WORTH_SLICING: Final = 4  # mean rows per stretch from which slices beat gathering
@@ -22,13 +23,13 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
 
     Linux: copy_highpage(), include/linux/highmem.h.
     """
-    breaks = _breaks(to) | _breaks(frm)
-    cuts = places(breaks) + 1
-    if to.size >= _WORTH_SLICING * (cuts.size + 1):
-        bounds = [0, *cuts.tolist(), to.size]
-        for i, k in pairwise(bounds):
-            a, b = to.item(i), frm.item(i)
-            dst[a : a + k - i] = src[b : b + k - i]
+    if not to.size:
+        return
+    runs = pieces(_breaks(to) | _breaks(frm), to.size)
+    if to.size >= _WORTH_SLICING * len(runs):
+        for run in runs:
+            a, b, count = to.item(run.start), frm.item(run.start), run.stop - run.start
+            dst[a : a + count] = src[b : b + count]
         return
     staging = np.empty((min(_BLOCK, to.size), PAGE_SIZE), dtype=np.uint8)
     for i in range(0, to.size, _BLOCK):
@@ -41,16 +42,9 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
             dst[target] = staging[:count]
 
 
-def _breaks(rows: Pfns) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _breaks(rows: Pfns) -> Mask:
     """True between neighbours that do not follow one another."""
-    return np.asarray(rows[1:] != rows[:-1] + 1)
-
-
-def stretches(rows: Pfns) -> list[tuple[int, int, int]]:
-    """*rows* as (place in the vector, first row, number of rows) of consecutive rows."""
-    heads = np.concatenate(([0], places(_breaks(rows)) + 1, [rows.size]))
-    firsts = rows[heads[:-1]]
-    return list(zip(heads[:-1].tolist(), firsts.tolist(), np.diff(heads).tolist(), strict=True))
+    return rows[1:] != rows[:-1] + 1
 
 
 def memcpy_from_pages(out: Payload, payload: Payload, pfns: Pfns, offset: int) -> None:
@@ -59,11 +53,8 @@ def memcpy_from_pages(out: Payload, payload: Payload, pfns: Pfns, offset: int) -
     Linux: memcpy_from_page(), include/linux/highmem.h.
     """
     flat = payload.reshape(-1)
-    for place, row, count in stretches(pfns):
-        lo = max((place << PAGE_SHIFT) - offset, 0)
-        hi = min(((place + count) << PAGE_SHIFT) - offset, out.size)
-        start = (row << PAGE_SHIFT) + lo + offset - (place << PAGE_SHIFT)
-        out[lo:hi] = flat[start : start + hi - lo]
+    for here, there in _byte_runs(pfns, offset, out.size):
+        out[here] = flat[there]
 
 
 def memcpy_to_pages(payload: Payload, pfns: Pfns, offset: int, data: Payload) -> None:
@@ -72,11 +63,17 @@ def memcpy_to_pages(payload: Payload, pfns: Pfns, offset: int, data: Payload) ->
     Linux: memcpy_to_page(), include/linux/highmem.h.
     """
     flat = payload.reshape(-1)
-    for place, row, count in stretches(pfns):
-        lo = max((place << PAGE_SHIFT) - offset, 0)
-        hi = min(((place + count) << PAGE_SHIFT) - offset, data.size)
-        start = (row << PAGE_SHIFT) + lo + offset - (place << PAGE_SHIFT)
-        flat[start : start + hi - lo] = data[lo:hi]
+    for here, there in _byte_runs(pfns, offset, data.size):
+        flat[there] = data[here]
+
+
+def _byte_runs(pfns: Pfns, offset: int, nbytes: int) -> Iterator[tuple[slice, slice]]:
+    """Stretches of *nbytes* that begin *offset* into *pfns*: in a buffer, in the flat payload."""
+    for run in stretches(pfns):
+        lo = max((run.start << PAGE_SHIFT) - offset, 0)
+        hi = min((run.stop << PAGE_SHIFT) - offset, nbytes)
+        start = ((pfns.item(run.start) - run.start) << PAGE_SHIFT) + offset + lo
+        yield slice(lo, hi), slice(start, start + hi - lo)
 
 
 def byte_places(pfns: Indices, addrs: Indices, page_of: Indices) -> Indices:

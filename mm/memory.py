@@ -32,6 +32,7 @@ from mm.pgtable import (
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
+    PTRS_PER_PTE,
     mk_pte,
     pte_alloc_each,
     pte_none,
@@ -43,7 +44,6 @@ from mm.pgtable import (
 )
 from mm.rmap import (
     anon_vma_prepare,
-    contiguous_runs,
     page_add_new_anon_rmap,
     page_remove_rmap,
 )
@@ -57,7 +57,8 @@ from mm.swapops import (
 )
 from mm.trace import TracePoint
 from mm.types import VM_WRITE, MemMap, MmStruct, Vma, VmFault
-from mm.typing import Addresses, Indices, Pfns, Ptes, every, pages, some
+from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, pages
+from mm.vectors import distinct, every, some, stretches
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 
@@ -75,9 +76,7 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) ->
     mm.mem.vmstat.add("pgfault", addrs.size)
     if page_fault_user:
         page_fault_user(process=mm.name, addrs=addrs, write=write)
-    with mm.page_table_lock:
-        pte_alloc_each(mm.mem.tables, mm.pgd, addrs)
-    at = pte_offset(mm.mem.tables, mm.pgd, addrs)
+    at = pte_offset_alloc(mm, addrs)
     ptes = mm.mem.tables.entries[at]
     faults = np.zeros(addrs.size, dtype=np.uint16)
 
@@ -94,6 +93,19 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) ->
     if some(kept):
         faults[kept] = do_wp_page(vma, addrs[kept], at[kept], cpu=cpu)
     return faults
+
+
+def pte_offset_alloc(mm: MmStruct, addrs: Addresses) -> Indices:
+    """As pte_offset(), making the page tables that *addrs* (ascending) lack.
+
+    Linux: pte_alloc_map(), include/linux/mm.h.
+    """
+    at = pte_offset(mm.mem.tables, mm.pgd, addrs)
+    if some(at < PTRS_PER_PTE):  # in the table that stands for those that are missing
+        with mm.page_table_lock:
+            pte_alloc_each(mm.mem.tables, mm.pgd, addrs)
+        at = pte_offset(mm.mem.tables, mm.pgd, addrs)
+    return at
 
 
 def do_anonymous_page(
@@ -196,8 +208,8 @@ def wp_page_copy(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, cpu: in
     if mem.payload is not None and not every(zero):
         mem.payload[new[~zero]] = mem.payload[old[~zero]]
 
-    for start, end in contiguous_runs(addrs) if addrs.size else []:
-        near = slice(*np.searchsorted(addrs, (start, end)).tolist())
+    for near in stretches(addrs, PAGE_SIZE):
+        start, end = addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE
         with (
             mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
             mm.page_table_lock,
@@ -245,7 +257,7 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
     mem.vmstat.add("device_private_faults", addrs.size)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     owners = mem.zone[pfns]
-    for index in np.unique(owners).tolist():
+    for index in distinct(owners):
         zone = mem.zones[index]
         ours = owners == index
         if zone is None or zone.pgmap is None:

@@ -14,7 +14,8 @@ from mm.memparse import format_size
 from mm.mmzone import Zone
 from mm.page_flags import PG_reserved
 from mm.types import COLUMNS, DevPagemap, MemMap, MemoryType
-from mm.typing import PAGE_SIZE, Pfns, places, some
+from mm.typing import PAGE_SIZE, Pfns
+from mm.vectors import distinct, places, some
 
 FREE_REFCOUNT = 1  # of a ZONE_DEVICE page; 0 since v5.18 or so
 
@@ -88,7 +89,7 @@ def free_zone_device_page(mem: MemMap, pfns: Pfns) -> None:
     mem.index[pfns] = 0
     mem.private[pfns] = 0
     owners = mem.zone[pfns]
-    for index in np.unique(owners).tolist():
+    for index in distinct(owners):
         zone = mem.zones[index]
         assert zone is not None
         assert zone.pgmap is not None

@@ -23,7 +23,8 @@ from mm.page_flags import (
     PG_uptodate,
 )
 from mm.types import MemMap
-from mm.typing import Pfns, every
+from mm.typing import Pfns
+from mm.vectors import every
 
 # What moves with the page, and what the old page loses by it.
 _MOVED_FLAGS: Final = PG_referenced | PG_uptodate | PG_dirty | PG_active | PG_unevictable

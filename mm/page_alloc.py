@@ -23,6 +23,7 @@ from mm.errors import InvalidArgument, KernelBug, OutOfMemory
 from mm.free_area import (
     bad_blocks,
     free_one_page,
+    free_pages_sorted,
     in_blocks,
     rmqueue_bulk,
     rmqueue_smallest,
@@ -34,6 +35,7 @@ from mm.page_flags import NO_FLAGS, PAGE_FLAGS_CHECK_AT_FREE, describe_flags
 from mm.trace import TracePoint
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, pages
+from mm.vectors import stretches
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
@@ -228,8 +230,11 @@ def free_pages_ok(mem: MemMap, pfns: Pfns, order: int, cpu: int) -> None:
         mm_page_free(pfns=pfns, order=order)
     with mem.locks.atomic:
         for zone, part in _by_zone(mem, pfns):
-            if order or pfns.size > PCP_BATCH:
-                free_one_page(mem, zone, part[:1] if order else part, order)
+            if order:
+                free_one_page(mem, zone, part[:1], order)
+                continue
+            if pfns.size > PCP_BATCH:
+                free_pages_sorted(mem, zone, part)
                 continue
             pcp = zone.pcp[cpu]
             pcp.push(part[::-1])
@@ -323,12 +328,12 @@ def fill_pages(mem: MemMap, pfns: Pfns, byte: int) -> None:
     """Fill the contents of *pfns* (ascending) with *byte*. Linux: clear_highpage() and the like."""
     if mem.payload is None:
         return
-    cuts = np.flatnonzero(pfns[1:] - pfns[:-1] != 1) + 1
-    if cuts.size * 4 > pfns.size:  # the runs are so short that a slice for each costs more
+    runs = stretches(pfns)
+    if len(runs) * 4 > pfns.size:  # they are so short that a slice for each costs more
         mem.payload[pfns] = byte
-    else:
-        for run in np.split(pfns, cuts):
-            mem.payload[run[0] : run[-1] + 1] = byte
+        return
+    for run in runs:
+        mem.payload[pfns.item(run.start) : pfns.item(run.stop - 1) + 1] = byte
 
 
 def _by_zone(mem: MemMap, pfns: Pfns) -> Iterator[tuple[Zone, Pfns]]:

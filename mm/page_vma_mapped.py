@@ -7,7 +7,8 @@ import numpy as np
 from mm.pgtable import pte_offset, pte_pfn, pte_present
 from mm.swapops import is_device_private_entry, is_migration_entry, swp_offset
 from mm.types import Vma
-from mm.typing import Addresses, Indices, Mask, Pfns, every
+from mm.typing import Addresses, Indices, Mask, Pfns
+from mm.vectors import every
 
 
 def page_vma_mapped_walk(

@@ -26,7 +26,8 @@ from mm.pgtable import (
     pmd_offset,
     pte_tables,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Ptes, places, some
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Ptes
+from mm.vectors import pieces, places, some
 
 MAX_RUN: Final = 1 << 13  # entries: 64 KiB of table, 32 MiB of memory
 
@@ -82,12 +83,11 @@ def _walk_pmd_table(
     rows = pte_tables(pool, pmd, start, end)
     there = rows != 0
     follows = np.where(there[1:], rows[1:] == rows[:-1] + 1, True) & (there[1:] == there[:-1])
-    heads = [0, *(places(~follows) + 1).tolist()] if rows.size > 1 else [0]
     base = start & ~(PMD_SIZE - 1)
-    for head, tail in zip(heads, [*heads[1:], rows.size], strict=True):
-        lo = max(start, base + (head << PMD_SHIFT))
-        hi = min(end, base + (tail << PMD_SHIFT))
-        row = rows.item(head)
+    for near in pieces(~follows, rows.size):
+        lo = max(start, base + (near.start << PMD_SHIFT))
+        hi = min(end, base + (near.stop << PMD_SHIFT))
+        row = rows.item(near.start)
         if row:
             at = row * PTRS_PER_PTE + ((lo >> PAGE_SHIFT) & (PTRS_PER_PTE - 1))
             yield from _cut(origin, lo, hi, pool.entries[at : at + ((hi - lo) >> PAGE_SHIFT)])

@@ -20,7 +20,8 @@ import numpy as np
 
 from mm.errors import KernelBug, OutOfMemory
 from mm.page_flags import BIT
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, places, some
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
+from mm.vectors import every, pieces, places, some
 from mm.vmstat import VmStat
 
 PTRS_PER_PTE: Final = 512
@@ -46,7 +47,7 @@ _PAGE_TABLE: Final = _PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_ACCESSED | _P
 
 PTE_PFN_MASK: Final = np.uint64(((1 << 52) - 1) & ~(PAGE_SIZE - 1))
 _SHIFT: Final = np.uint64(PAGE_SHIFT)
-_HEAD: Final = np.zeros(1, dtype=np.int64)
+_MANY_TABLES: Final = 32
 
 
 def pte_none(ptes: Ptes) -> Mask:
@@ -202,13 +203,9 @@ def pte_alloc_each(pool: TablePool, pgd: int, addrs: Addresses) -> None:
 
     Raises OutOfMemory. Linux: pte_alloc_map(), mm/memory.c.
     """
-    if not addrs.size:
-        return
     blocks = addrs >> PMD_SHIFT
-    heads = places(blocks[1:] > blocks[:-1] + 1) + 1  # a gap of a table or more
-    firsts = blocks[np.concatenate((_HEAD, heads))]
-    lasts = blocks[np.concatenate((heads - 1, _HEAD - 1))]
-    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+    for near in pieces(blocks[1:] > blocks[:-1] + 1, blocks.size):  # cut at gaps of whole tables
+        first, last = blocks[near].item(0), blocks[near].item(-1)
         pte_alloc(pool, pgd, first << PMD_SHIFT, (last + 1) << PMD_SHIFT)
 
 
@@ -218,18 +215,21 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     An address that no table covers gives a place in the empty row 0: reading it finds no entry,
     and only callers that made the tables may write. Linux: pte_offset_map(), asm/pgtable.h.
     """
-    pmds = addrs >> PMD_SHIFT
-    heads = places(pmds[1:] != pmds[:-1]) + 1
-    if heads.size > 8:
-        blocks, inverse = np.unique(pmds, return_inverse=True)
-    else:
-        blocks = pmds[np.concatenate((_HEAD, heads))] if addrs.size else pmds
-        inverse = np.zeros(addrs.size, dtype=np.int64)
-        inverse[heads] = 1
-        np.cumsum(inverse, out=inverse)
-    rows = np.empty(blocks.size, dtype=np.int64)
-    for i, block in enumerate(blocks.tolist()):
-        pmd = pmd_offset(pool, pgd, block << PMD_SHIFT)
-        entry = pool.entries.item(pmd * PTRS_PER_PTE + (block & (PTRS_PER_PTE - 1)))
-        rows[i] = entry >> PAGE_SHIFT
-    return (rows * PTRS_PER_PTE)[inverse] + ((addrs >> PAGE_SHIFT) & (PTRS_PER_PTE - 1))
+    blocks = addrs >> PMD_SHIFT
+    within = (addrs >> PAGE_SHIFT) & (PTRS_PER_PTE - 1)
+    if addrs.size and every(blocks == blocks[0]):
+        return within + _pte_table(pool, pgd, blocks.item(0)) * PTRS_PER_PTE
+    near = pieces(blocks[1:] != blocks[:-1], blocks.size)
+    if len(near) > _MANY_TABLES:  # they may come back to the same table again and again
+        blocks, which = np.unique(blocks, return_inverse=True)
+        tables = [_pte_table(pool, pgd, block) for block in blocks.tolist()]
+        return within + (np.array(tables) * PTRS_PER_PTE)[which]
+    for piece in near:
+        within[piece] += _pte_table(pool, pgd, blocks.item(piece.start)) * PTRS_PER_PTE
+    return within
+
+
+def _pte_table(pool: TablePool, pgd: int, block: int) -> int:
+    """Row of the PTE table for 2 MiB *block*, 0 if there is none."""
+    pmd = pmd_offset(pool, pgd, block << PMD_SHIFT)
+    return pool.entries.item(pmd * PTRS_PER_PTE + (block & (PTRS_PER_PTE - 1))) >> PAGE_SHIFT

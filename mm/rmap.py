@@ -51,18 +51,8 @@ from mm.types import (
     linear_page_index,
     vma_pages,
 )
-from mm.typing import (
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    Addresses,
-    Indices,
-    Mask,
-    Pfns,
-    Ptes,
-    every,
-    places,
-    some,
-)
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
+from mm.vectors import distinct, every, places, some, stretches
 
 _ONE: Final = np.int32(1)
 
@@ -180,9 +170,7 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     """
     mapping = mem.mapping[pfns]
     index = mem.index[pfns]
-    alike = pfns.size > 0 and every(mapping == mapping[0])
-    groups = mapping[:1] if alike else np.unique(mapping)
-    for owner in groups.tolist():
+    for owner in distinct(mapping):
         anon_vma = mem.anon_vmas.get(owner >> 2)
         if anon_vma is None:
             continue  # not mapped anywhere: file pages and pages of nobody
@@ -193,14 +181,6 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
                 inside = places(ours & (offset >= 0) & (offset < vma_pages(vma)))
                 if inside.size:
                     yield Mapping(vma, inside, vma.vm_start + (offset[inside] << PAGE_SHIFT))
-
-
-def contiguous_runs(addrs: Addresses) -> list[tuple[int, int]]:
-    """Sorted page addresses as ranges [start, end) without gaps."""
-    breaks = places(addrs[1:] != addrs[:-1] + PAGE_SIZE)
-    starts = addrs[np.concatenate(([0], breaks + 1))]
-    ends = addrs[np.concatenate((breaks, [addrs.size - 1]))] + PAGE_SIZE
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
 def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
@@ -234,15 +214,15 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
     for vma, found_pages, found_addrs in rmap_walk(mem, pfns):
         order = np.argsort(found_addrs)
         pages, addrs = found_pages[order], found_addrs[order]
-        for start, end in contiguous_runs(addrs):
-            near = slice(*np.searchsorted(addrs, (start, end)).tolist())
-            mm = vma.vm_mm
+        for run in stretches(addrs, PAGE_SIZE):
+            mm, near = vma.vm_mm, addrs[run]
+            start, end = near.item(0), near.item(-1) + PAGE_SIZE
             with (
                 mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
                 mm.page_table_lock,
             ):
-                at, mapped = page_vma_mapped_walk(vma, pfns[pages[near]], addrs[near])
-                at, found = at[mapped], pfns[pages[near]][mapped]
+                at, mapped = page_vma_mapped_walk(vma, pfns[pages[run]], near)
+                at, found = at[mapped], pfns[pages[run]][mapped]
                 entries = mem.tables.entries
                 entries[at] = unmap_to_migration_entries(mem, entries[at], found)
             put_page(mem, found)

@@ -21,7 +21,8 @@ from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
 from mm.page_alloc import free_pages_bulk
 from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
 from mm.types import MemMap
-from mm.typing import Indices, Mask, Pfns, Ptes, every, places, some
+from mm.typing import Indices, Mask, Pfns, Ptes
+from mm.vectors import distinct, every, places, some
 
 _ONE: Final = np.int32(1)
 _LRU_KIND: Final = PG_swapbacked | PG_active | PG_unevictable
@@ -32,8 +33,9 @@ _COUNTERS: Final = {lru: f"nr_{lru.name.lower()}" for lru in Lru}
 
 def get_page(mem: MemMap, pfns: Pfns) -> None:
     """One more reference to each of *pfns*, which may repeat. Linux: get_page()."""
-    with mem.locks.atomic:
-        np.add.at(mem.refcount, pfns, _ONE)
+    if pfns.size:
+        with mem.locks.atomic:
+            np.add.at(mem.refcount, pfns, _ONE)
 
 
 def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
@@ -43,18 +45,19 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     Raises KernelBug for a reference that was never taken.
     Linux: put_page(), include/linux/mm.h; __put_page(), mm/swap.c.
     """
+    if not pfns.size:
+        return
     with mem.locks.atomic:
         np.subtract.at(mem.refcount, pfns, _ONE)
         left = mem.refcount[pfns]
-    if left.min(initial=1) > 1:
+    free_at = mem.is_zone_device_page(pfns)
+    last = left <= free_at
+    if not some(last):
         return
-    device = mem.is_zone_device_page(pfns)
-    unused = pfns[left == device]
-    if some(left < device):
-        wrong = pfns[left < device]
+    unused = pfns[last]
+    if some(left < free_at):
+        wrong = pfns[left < free_at]
         raise KernelBug(f"put_page: no reference left on {', '.join(map(hex, wrong[:8].tolist()))}")
-    if not unused.size:
-        return
     if unused.size > 1 and some(unused[1:] <= unused[:-1]):
         unused = np.unique(unused)
     if mem.is_zone_device_page(unused[-1:])[0]:
@@ -92,7 +95,7 @@ def _by_list(
     nids = mem.page_to_nid(pfns) if len(mem.nodes) > 1 else None
     if not every(kinds == kinds[0]) or (nids is not None and some(nids != nids[0])):
         keys = kinds if nids is None else kinds | (nids.astype(np.uint64) << _NID_SHIFT)
-        for key in np.unique(keys).tolist():
+        for key in distinct(keys):
             lru = page_lru(key)
             node = mem.nodes[key >> int(_NID_SHIFT)]
             yield node.lruvec[lru], _COUNTERS[lru], places(keys == key)
@@ -104,6 +107,8 @@ def _by_list(
 
 def lru_cache_add(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Put *pfns* in the CPU's pagevec, on their way to a list. Linux: lru_cache_add()."""
+    if not pfns.size:
+        return
     pagevec = mem.pagevecs[cpu]
     get_page(mem, pfns)
     pagevec.push(pfns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +21,3 @@ Payload: TypeAlias = NDArray[np.uint8]  # contents, uint8[pages, 4096]
 def pages(*numbers: int) -> Pfns:
     """A vector of *numbers*, for the places where one page is at hand rather than many."""
     return np.array(numbers, dtype=np.int64)
-
-
-# NumPy's own any(), all() and flatnonzero() cost more than the work on a short vector.
-
-
-def some(mask: NDArray[Any]) -> bool:
-    """True if any element is true, or not 0."""
-    return np.count_nonzero(mask) != 0
-
-
-def every(mask: NDArray[Any]) -> bool:
-    """True if all elements are; also of no elements."""
-    return np.count_nonzero(mask) == mask.size
-
-
-def places(mask: NDArray[Any]) -> Indices:
-    """Where *mask*, a vector, is true, or not 0."""
-    return mask.nonzero()[0]

@@ -28,7 +28,8 @@ from mm.pgtable import (
     pte_pfn,
 )
 from mm.types import VM_EXEC, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, every, places
+from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns
+from mm.vectors import every, places
 
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
 Use: TypeAlias = Callable[[int, Pfns], None]

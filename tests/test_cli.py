@@ -25,7 +25,7 @@ from devices.numpy_device import NumpyDevice
 
 class LosesBits(NumpyDevice):
     def exchange(self, process, addrs, words, write):
-        return super().exchange(process, addrs, words, write) & ~1
+        return super().exchange(process, addrs, words, write) // 2 * 2
 """
 
 CRASHES = """

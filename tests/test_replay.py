@@ -39,7 +39,9 @@ PAGES = st.dictionaries(st.integers(0x1F8, 0x203), st.booleans(), min_size=1, ma
 @st.composite
 def traces(draw):
     """Up to 60 epochs that now and then lie hundreds apart, over up to 12 pages."""
-    skips, epochs = zip(*draw(st.lists(st.tuples(SKIPS, PAGES), min_size=1, max_size=60)))
+    skips, epochs = zip(
+        *draw(st.lists(st.tuples(SKIPS, PAGES), min_size=1, max_size=60)), strict=True
+    )
     write = [writes for pages in epochs for writes in pages.values()]
     trace = recorded(*epochs, write=write)
     trace.epoch[:] = np.cumsum(skips)[trace.epoch]

@@ -1,0 +1,50 @@
+"""Small questions about vectors, answered with as few NumPy calls as they need.
+
+On the short vectors of a single fault a NumPy call costs more than its work, and NumPy's own
+any(), all(), unique() and split() are many calls each.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.typing import Indices, Mask
+
+
+def some(mask: NDArray[Any]) -> bool:
+    """True if any element is true, or not 0."""
+    return np.count_nonzero(mask) != 0
+
+
+def every(mask: NDArray[Any]) -> bool:
+    """True if all elements are; also of no elements."""
+    return np.count_nonzero(mask) == mask.size
+
+
+def places(mask: NDArray[Any]) -> Indices:
+    """Where *mask*, a vector, is true, or not 0."""
+    return mask.nonzero()[0]
+
+
+def distinct(values: NDArray[Any]) -> list[int]:
+    """The values that occur, ascending; quick where there is only one."""
+    if values.size and every(values == values[0]):
+        return [values.item(0)]
+    return np.unique(values).tolist()
+
+
+def pieces(breaks: Mask, size: int) -> list[slice]:
+    """A vector of *size* as slices; breaks[i] cuts between its elements i and i + 1."""
+    if not some(breaks):
+        return [slice(0, size)] if size else []
+    bounds = [0, *(places(breaks) + 1).tolist(), size]
+    return [slice(first, last) for first, last in pairwise(bounds)]
+
+
+def stretches(numbers: NDArray[np.int64], step: int = 1) -> list[slice]:
+    """*numbers* as slices in which each is *step* above the one before."""
+    return pieces(numbers[1:] != numbers[:-1] + step, numbers.size)
