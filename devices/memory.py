@@ -41,7 +41,7 @@ from mm.rmap import rmap_walk
 from mm.swap import get_page, put_page
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns
-from mm.vectors import distinct, every, pieces, places, some
+from mm.vectors import distinct, every, has, pieces, places, some
 
 MIN_CHUNK: Final = 64 << 10
 MAX_CHUNK: Final = 2 << 20
@@ -246,7 +246,7 @@ class DeviceMemory(ABC):
         if private is Direction.TO_DEVICE:
             hole = ~is_valid(src[moved])
             writable = np.where(
-                hole, bool(vma.vm_flags & VM_WRITE), (src[moved] & MIGRATE_PFN_WRITE) != 0
+                hole, bool(vma.vm_flags & VM_WRITE), has(src[moved], MIGRATE_PFN_WRITE)
             )
             with vma.vm_mm.page_table_lock:
                 table.map(addrs, migrate_pfn_to_pfn(dst[moved]), writable)

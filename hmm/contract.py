@@ -22,7 +22,7 @@ from mm.errors import DriverBug
 from mm.page_flags import PG_locked
 from mm.types import MemMap, MemoryType
 from mm.typing import Indices, Mask, Pfns
-from mm.vectors import places, some
+from mm.vectors import has, places, some
 
 
 class Contract:
@@ -52,7 +52,7 @@ class Contract:
         self.src[:] = self.src_before
         self._refuse(changed, "alloc_and_copy() changed src, which it may only read")
         given = is_valid(self.dst)
-        odd = (self.dst != 0) & ~given & ((self.dst & MIGRATE_PFN_ERROR) == 0)
+        odd = (self.dst != 0) & ~given & (~has(self.dst, MIGRATE_PFN_ERROR))
         self._refuse(odd, "dst names a page without MIGRATE_PFN_VALID")
         where = places(given)
         if where.size:
@@ -80,11 +80,11 @@ class Contract:
     def locked(self, where: Indices) -> Mask:
         """True where the destination page of an entry really is locked."""
         pfns = migrate_pfn_to_pfn(self.dst[where])
-        return (self.mem.flags[pfns] & PG_locked) != 0
+        return has(self.mem.flags[pfns], PG_locked)
 
     def _check_destinations(self, where: Indices, pfns: Pfns) -> None:
         self._refuse_at(where, self._no_page(pfns), "dst names a PFN that no memory has")
-        unlocked = ~self.locked(where) | ((self.dst[where] & MIGRATE_PFN_LOCKED) == 0)
+        unlocked = ~self.locked(where) | (~has(self.dst[where], MIGRATE_PFN_LOCKED))
         self._refuse_at(where, unlocked, "the destination page is not locked")
         self._refuse_at(where, self._not_ours(pfns), "the destination page is free or in use")
         self._refuse_at(where, self._wrong_zone(where, pfns), "the destination is in a wrong zone")

@@ -78,7 +78,7 @@ from mm.swapops import is_device_private_entry, is_write_device_private_entry, s
 from mm.trace import TracePoint
 from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma, page_anon, vma_is_anonymous
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes
-from mm.vectors import every, places, some
+from mm.vectors import every, has, places, some
 
 mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
@@ -257,7 +257,7 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
 
     system = ~mem.is_zone_device_page(pfns)
     listed = pfns[system]
-    if some((mem.flags[listed] & PG_lru) == 0):
+    if some(~has(mem.flags[listed], PG_lru)):
         lru_add_drain_all(mem)
     isolated = isolate_lru_page(mem, listed)
     put_page(mem, listed[isolated])  # isolation has taken one of its own
@@ -274,7 +274,7 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
 def _lock_rest(migrate: MigrateVma, entries: Indices) -> Mask:
     """Try the page locks again that collect did not get; True for entries that are locked."""
     mem, src = migrate.mem, migrate.src
-    locked = (src[entries] & MIGRATE_PFN_LOCKED) != 0
+    locked = has(src[entries], MIGRATE_PFN_LOCKED)
     if every(locked):
         return locked
     late = places(~locked)
@@ -395,7 +395,7 @@ def migrate_vma_pages(migrate: MigrateVma) -> None:
     preempt("migrate_vma_pages")
     moving = is_migrating(src)
     given = is_valid(dst)
-    lost = moving & is_valid(src) & ((dst & MIGRATE_PFN_ERROR) != 0)
+    lost = moving & is_valid(src) & (has(dst, MIGRATE_PFN_ERROR))
     migrate.drop(places(lost), Stayed.LOST)
     migrate.drop(places(moving & ~given & ~lost), Stayed.NOT_CHOSEN)
     moving &= given & ~lost

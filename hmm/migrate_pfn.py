@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mm.page_flags import BIT
 from mm.typing import Mask, Pfns
+from mm.vectors import has
 
 MigratePfns: TypeAlias = NDArray[np.uint64]
 
@@ -46,12 +47,12 @@ def migrate_pfn_to_pfn(words: MigratePfns) -> Pfns:
 
 def is_valid(words: MigratePfns) -> Mask:
     """True where a word names a page."""
-    return (words & MIGRATE_PFN_VALID) != 0
+    return has(words, MIGRATE_PFN_VALID)
 
 
 def is_migrating(words: MigratePfns) -> Mask:
     """True where a src word still has MIGRATE: a page or hole that can move, or has moved."""
-    return (words & MIGRATE_PFN_MIGRATE) != 0
+    return has(words, MIGRATE_PFN_MIGRATE)
 
 
 class Stayed(IntEnum):

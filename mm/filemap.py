@@ -11,7 +11,7 @@ from mm.locking import NOBODY, current, preempt
 from mm.page_flags import PG_locked
 from mm.types import MemMap
 from mm.typing import Mask, Pfns
-from mm.vectors import every, some
+from mm.vectors import every, has, some
 
 
 def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -22,7 +22,7 @@ def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
     preempt("trylock_page")
     with mem.locks.atomic:
         flags = mem.flags[pfns]
-        unlocked = (flags & PG_locked) == 0
+        unlocked = ~has(flags, PG_locked)
         if every(unlocked):
             mem.flags[pfns] = flags | PG_locked
             mem.lock_owner[pfns] = current()
@@ -71,7 +71,7 @@ def unlock_page(mem: MemMap, pfns: Pfns) -> None:
         return
     with mem.locks.atomic:
         flags = mem.flags[pfns]
-        unlocked = (flags & PG_locked) == 0
+        unlocked = ~has(flags, PG_locked)
         if some(unlocked):
             wrong = pfns[unlocked]
             raise KernelBug(f"unlock_page: not locked: {', '.join(map(hex, wrong[:8].tolist()))}")

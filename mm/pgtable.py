@@ -21,7 +21,7 @@ import numpy as np
 from mm.errors import KernelBug, OutOfMemory
 from mm.page_flags import BIT
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
-from mm.vectors import every, pieces, places, some
+from mm.vectors import every, has, pieces, places, some
 from mm.vmstat import VmStat
 
 PTRS_PER_PTE: Final = 512
@@ -62,22 +62,22 @@ def pte_present(ptes: Ptes) -> Mask:
 
 def pte_write(ptes: Ptes) -> Mask:
     """True where the CPU may store. Linux: pte_write(), asm/pgtable.h."""
-    return (ptes & _PAGE_RW) != 0
+    return has(ptes, _PAGE_RW)
 
 
 def pte_dirty(ptes: Ptes) -> Mask:
     """True where the CPU has stored. Linux: pte_dirty(), asm/pgtable.h."""
-    return (ptes & _PAGE_DIRTY) != 0
+    return has(ptes, _PAGE_DIRTY)
 
 
 def pte_special(ptes: Ptes) -> Mask:
     """True where no struct page stands behind the frame. Linux: pte_special(), asm/pgtable.h."""
-    return (ptes & _PAGE_SPECIAL) != 0
+    return has(ptes, _PAGE_SPECIAL)
 
 
 def pte_soft_dirty(ptes: Ptes) -> Mask:
     """True where a store came since clear_refs. Linux: pte_soft_dirty(), asm/pgtable.h."""
-    return (ptes & _PAGE_SOFT_DIRTY) != 0
+    return has(ptes, _PAGE_SOFT_DIRTY)
 
 
 def pte_pfn(ptes: Ptes) -> Pfns:

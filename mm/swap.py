@@ -22,7 +22,7 @@ from mm.page_alloc import free_pages_bulk
 from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, Ptes
-from mm.vectors import distinct, every, places, some
+from mm.vectors import distinct, every, has, places, some
 
 _ONE: Final = np.int32(1)
 _LRU_KIND: Final = PG_swapbacked | PG_active | PG_unevictable
@@ -71,7 +71,7 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
 def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     """Off the lists and back to the allocator. Linux: __put_single_page(), mm/swap.c."""
     flags = mem.flags[pfns]
-    listed = (flags & PG_lru) != 0
+    listed = has(flags, PG_lru)
     if some(listed):
         _del_from_lru(mem, pfns[listed], flags[listed])
     mem.flags[pfns] = flags & ~(PG_lru | PG_active | PG_unevictable)
@@ -159,7 +159,7 @@ def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
     """Add the youngest items; when the log is full, shed those that no longer count."""
     if lru.size + pfns.size > lru.log.size:
         log, old_stamps = lru.log[: lru.size], lru.stamps[: lru.size]
-        live = (mem.lru_stamp[log] == old_stamps) & ((mem.flags[log] & PG_lru) != 0)
+        live = (mem.lru_stamp[log] == old_stamps) & (has(mem.flags[log], PG_lru))
         kept = places(live)
         capacity = max(lru.log.size, 2 * (kept.size + pfns.size))
         lru.log, lru.stamps = (
@@ -175,7 +175,7 @@ def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
 def lru_pages(mem: MemMap, lru: LruList) -> Pfns:
     """The pages on *lru*, oldest first, int64[nr_pages]."""
     log, stamps = lru.log[: lru.size], lru.stamps[: lru.size]
-    return log[(mem.lru_stamp[log] == stamps) & ((mem.flags[log] & PG_lru) != 0)]
+    return log[(mem.lru_stamp[log] == stamps) & (has(mem.flags[log], PG_lru))]
 
 
 def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -186,7 +186,7 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
     preempt("isolate_lru_page")
     with mem.locks.atomic:
         flags = mem.flags[pfns]
-        isolated = (flags & PG_lru) != 0
+        isolated = has(flags, PG_lru)
         taken = pfns if every(isolated) else pfns[isolated]
         mem.flags[taken] &= ~PG_lru
     get_page(mem, taken)

@@ -10,7 +10,8 @@ entry finds no cacheable memory there (L1TF). For a page under migration, a devi
 and a poisoned page the offset is a PFN. Linux: include/linux/swapops.h,
 arch/x86/include/asm/pgtable_64.h.
 
-A present entry never has bits 62-59, so the five highest types are told by the type alone.
+A present entry never has bits 62-59. So the types from SWP_HWPOISON up are told from everything
+else, and from one another, by comparing whole entries.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from mm.pgtable import pte_none, pte_present
 from mm.typing import Mask, Pfns, Ptes
+from mm.vectors import has
 
 SWP_TYPE_SHIFT: Final = np.uint64(59)
 SWP_OFFSET_SHIFT: Final = np.uint64(9)
@@ -36,13 +38,22 @@ SWP_DEVICE_WRITE: Final = MAX_SWAPFILES + 3
 SWP_DEVICE_READ: Final = MAX_SWAPFILES + 4
 
 
+_NEXT_TYPE: Final = np.uint64(1 << 59)
+_FIRST: Final = tuple(np.uint64(kind << 59) for kind in range(1 << MAX_SWAPFILES_SHIFT))
+
+
+def _first(kind: int) -> np.uint64:
+    """The lowest entry of swap type *kind*."""
+    return _FIRST[kind]
+
+
 def swp_entry(kind: int, offsets: Pfns) -> Ptes:
     """Entries of swap type *kind* (0-31) with *offsets* (int64[n]) in page-table form.
 
     Linux: swp_entry() and swp_entry_to_pte(), include/linux/swapops.h.
     """
     inverted = ~offsets.view(np.uint64) & SWP_OFFSET_MASK
-    return (inverted << SWP_OFFSET_SHIFT) | (np.uint64(kind) << SWP_TYPE_SHIFT)
+    return (inverted << SWP_OFFSET_SHIFT) | _first(kind)
 
 
 def swp_type(ptes: Ptes) -> Ptes:
@@ -62,7 +73,7 @@ def is_swap_pte(ptes: Ptes) -> Mask:
 
 def non_swap_entry(ptes: Ptes) -> Mask:
     """True for swap-type entries that stand for no swap slot. Linux: non_swap_entry()."""
-    return swp_type(ptes) >= MAX_SWAPFILES
+    return ptes >= _first(MAX_SWAPFILES)
 
 
 def make_migration_entry(pfns: Pfns, write: Mask) -> Ptes:
@@ -70,20 +81,17 @@ def make_migration_entry(pfns: Pfns, write: Mask) -> Ptes:
 
     Linux: make_migration_entry(), include/linux/swapops.h.
     """
-    return np.where(
-        write, swp_entry(SWP_MIGRATION_WRITE, pfns), swp_entry(SWP_MIGRATION_READ, pfns)
-    )
+    return swp_entry(SWP_MIGRATION_READ, pfns) + write * _NEXT_TYPE
 
 
 def is_migration_entry(ptes: Ptes) -> Mask:
     """True where the entry stands for a page that is being moved. Linux: is_migration_entry()."""
-    kind = swp_type(ptes)
-    return (kind == SWP_MIGRATION_READ) | (kind == SWP_MIGRATION_WRITE)
+    return (ptes >= _first(SWP_MIGRATION_READ)) & (ptes < _first(SWP_DEVICE_WRITE))
 
 
 def is_write_migration_entry(ptes: Ptes) -> Mask:
     """True for migration entries that were writable. Linux: is_write_migration_entry()."""
-    return swp_type(ptes) == SWP_MIGRATION_WRITE
+    return (ptes >= _first(SWP_MIGRATION_WRITE)) & (ptes < _first(SWP_DEVICE_WRITE))
 
 
 def make_device_private_entry(pfns: Pfns, write: Mask) -> Ptes:
@@ -91,18 +99,17 @@ def make_device_private_entry(pfns: Pfns, write: Mask) -> Ptes:
 
     Linux: make_device_private_entry(), include/linux/swapops.h.
     """
-    return np.where(write, swp_entry(SWP_DEVICE_WRITE, pfns), swp_entry(SWP_DEVICE_READ, pfns))
+    return swp_entry(SWP_DEVICE_READ, pfns) - write * _NEXT_TYPE
 
 
 def is_device_private_entry(ptes: Ptes) -> Mask:
     """True where the page is in device memory. Linux: is_device_private_entry()."""
-    kind = swp_type(ptes)
-    return (kind == SWP_DEVICE_READ) | (kind == SWP_DEVICE_WRITE)
+    return ptes >= _first(SWP_DEVICE_WRITE)
 
 
 def is_write_device_private_entry(ptes: Ptes) -> Mask:
     """True for writable device-private entries. Linux: is_write_device_private_entry()."""
-    return swp_type(ptes) == SWP_DEVICE_WRITE
+    return (ptes >= _first(SWP_DEVICE_WRITE)) & (ptes < _first(SWP_DEVICE_READ))
 
 
 def make_hwpoison_entry(pfns: Pfns) -> Ptes:
@@ -112,9 +119,9 @@ def make_hwpoison_entry(pfns: Pfns) -> Ptes:
 
 def is_hwpoison_entry(ptes: Ptes) -> Mask:
     """True where the contents are lost for good. Linux: is_hwpoison_entry()."""
-    return swp_type(ptes) == SWP_HWPOISON
+    return (ptes >= _first(SWP_HWPOISON)) & (ptes < _first(SWP_MIGRATION_READ))
 
 
 def pte_swp_soft_dirty(ptes: Ptes) -> Mask:
     """True where a swap-type entry carries the soft-dirty bit. Linux: pte_swp_soft_dirty()."""
-    return (ptes & SWP_SOFT_DIRTY) != 0
+    return has(ptes, SWP_SOFT_DIRTY)

@@ -25,6 +25,11 @@ def every(mask: NDArray[Any]) -> bool:
     return np.count_nonzero(mask) == mask.size
 
 
+def has(words: NDArray[np.uint64], bits: np.uint64) -> Mask:
+    """True where a word has any of *bits*."""
+    return (words & bits).astype(np.bool_)
+
+
 def places(mask: NDArray[Any]) -> Indices:
     """Where *mask*, a vector, is true, or not 0."""
     return mask.nonzero()[0]

@@ -182,8 +182,9 @@ def explore(
 ) -> int:
     """Run *scenario* under every schedule with at most so many *preemptions*; how many there were.
 
-    It gets a function that runs its arguments as threads and returns their results. Every
-    world that it makes is ended after each run. More schedules than *limit* are an error.
+    It gets a function that runs its arguments as threads and returns their results. A world that
+    it makes is ended after each run, which takes longer than the run: one that is made outside,
+    with a new process for each run, allows more of them. More than *limit* are an error.
     """
     choices: list[int] | None = []
     runs = 0

@@ -6,7 +6,7 @@ exit, devices close, `verify()` holds, and every page is free again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,9 +17,19 @@ from mm import PAGE_SIZE, Machine, Process
 from mm.filemap import unlock_page
 from mm.gup import Pin
 from mm.mmap import exit_mmap
+from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_locked
-from mm.pgtable import pte_offset, pte_pfn, pte_present
-from mm.swapops import is_device_private_entry, swp_offset
+from mm.pgtable import (
+    _PAGE_ACCESSED,
+    _PAGE_DIRTY,
+    _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
+    pte_offset,
+    pte_pfn,
+    pte_present,
+)
+from mm.swap import get_page, isolate_lru_page, lru_add_drain_all, putback_lru_page
+from mm.swapops import is_device_private_entry, make_device_private_entry, swp_offset
 from mm.types import Vma
 from mm.typing import Addresses, Pfns, Ptes
 
@@ -39,6 +49,7 @@ class World:
     free_at_boot: int
     pins: list[Pin] = field(default_factory=list)
     locked: list[int] = field(default_factory=list)
+    isolated: list[int] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -101,11 +112,55 @@ class World:
         self.locked.remove(pfn)
         unlock_page(self.machine.mem, np.array([pfn]))
 
-    def end(self) -> None:
-        """Undo everything; all memory must be free and well afterwards."""
+    def hold(self, *pfns: int) -> Pin:
+        """Take a reference to each of *pfns*, wherever they are, as a driver may."""
+        pin = Pin(self.machine.mem)
+        pin.pfns = np.array(pfns, dtype=np.int64)
+        get_page(self.machine.mem, pin.pfns)
+        self.pins.append(pin)
+        return pin
+
+    def isolate(self, page: int) -> None:
+        """Let somebody else take *page* off the LRU."""
+        pfns = self.pfns()[page : page + 1]
+        lru_add_drain_all(self.machine.mem)
+        assert isolate_lru_page(self.machine.mem, pfns).all()
+        self.isolated.extend(pfns.tolist())
+
+    def rewrite(self, pages: Sequence[int], change: Callable[[Ptes], Ptes]) -> None:
+        """Let *change* rewrite the entries of *pages*, as other system calls do."""
+        pool, mm = self.machine.mem.tables, self.process.mm
+        with mmu_notifier_range(mm, self.addr, self.addr + self.nbytes, MmuNotifyEvent.CLEAR):
+            at = pte_offset(pool, mm.pgd, self.addrs[list(pages)])
+            at = at[pool.entries[at] != 0]
+            pool.entries[at] = change(pool.entries[at])
+
+    def write_protect(self, *pages: int) -> None:
+        """Take the right to store away from the entries of *pages*, as fork does."""
+
+        def readonly(ptes: Ptes) -> Ptes:
+            private = make_device_private_entry(swp_offset(ptes), np.zeros(ptes.size, np.bool_))
+            return np.where(is_device_private_entry(ptes), private, ptes & ~_PAGE_RW)
+
+        self.rewrite(pages, readonly)
+
+    def clear_refs(self, *pages: int) -> None:
+        """Forget of *pages* that the CPU has used and changed them."""
+        seen = _PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+        self.rewrite(pages, lambda ptes: np.where(pte_present(ptes), ptes & ~seen, ptes))
+
+    def let_go(self) -> None:
+        """Nobody pins, locks or isolates a page any more."""
         unlock_page(self.machine.mem, np.array(self.locked, dtype=np.int64))
+        putback_lru_page(self.machine.mem, np.array(self.isolated, dtype=np.int64))
+        self.locked.clear()
+        self.isolated.clear()
         for pin in self.pins:
             pin.release()
+
+    def end(self) -> None:
+        """Undo everything; all memory must be free and well afterwards."""
+        self.let_go()
         self.machine.verify()
         for device in [zone.pgmap for zone in self.machine.mem.zones if zone and zone.pgmap]:
             assert isinstance(device, Driver)
@@ -130,12 +185,13 @@ def mapped_range(
     payload: bool = True,
     addr: int | None = None,
     chunk: str | None = None,
-    neighbours: int = PAGE_SIZE,
+    neighbours: int | str = PAGE_SIZE,
+    driver: Callable[..., Driver] = NumpyDevice,
 ) -> World:
-    """A process with *pages* anonymous pages, each filled with its number, and a NumpyDevice."""
+    """A process with *pages* anonymous pages, each filled with its number, and a device."""
     machine = Machine(nodes, payload=payload, cpus=cpus, debug=True, max_physmem="256MiB")
     free = machine.nr_free_pages
-    gpu = NumpyDevice(machine, memory, chunk=chunk, neighbours=neighbours)
+    gpu = driver(machine, memory, chunk=chunk, neighbours=neighbours)
     process = machine.spawn("train")
     start = process.mmap(pages * PAGE_SIZE, prot, addr=addr)
     world = World(machine, process, gpu, start, pages, free)
@@ -148,9 +204,12 @@ def mapped_range(
 @contextmanager
 def ended_worlds() -> Iterator[None]:
     """End every world that the block made, if the block itself succeeded."""
+    outside = tuple(_worlds)
     _worlds.clear()
-    yield
-    worlds = tuple(_worlds)
-    _worlds.clear()
+    try:
+        yield
+    finally:
+        worlds = tuple(_worlds)
+        _worlds[:] = outside
     for world in worlds:
         world.end()

@@ -1,0 +1,94 @@
+"""devices.open(): a device by its driver's name."""
+
+import numpy as np
+import pytest
+
+import devices
+from devices import NumpyDevice
+from devices.chunks import Chunks
+from hmm.registry import load_driver
+from mm import PAGE_SIZE, InvalidArgument, Machine
+from tests.world import mapped_range
+
+
+def machine():
+    return Machine(("4MiB",), max_physmem="256MiB")
+
+
+class TestOpen:
+    def test_numpy(self):
+        """"numpy" opens a NumpyDevice with as much memory as was asked for."""
+        gpu = devices.open("numpy", machine(), memory="3MiB")
+
+        assert NumpyDevice is type(gpu)
+        assert 768 == gpu.npages
+        assert (768, PAGE_SIZE) == gpu.memory.shape
+
+    def test_default_size(self):
+        """Unless one says otherwise, a device has 64 MiB and fetches single pages back."""
+        gpu = devices.open("numpy", machine())
+
+        assert 64 << 20 == gpu.npages * PAGE_SIZE
+        assert 1 == gpu.neighbour_pages
+
+    @pytest.mark.parametrize("size", [123_456, "120.5625KiB"])
+    def test_part_of_a_page(self, size):
+        """A device has whole pages only."""
+        assert 30 == devices.open("numpy", machine(), memory=size).npages
+
+    def test_options(self):
+        """chunk= and neighbours= reach the driver."""
+        gpu = devices.open("numpy", machine(), memory="1MiB", chunk="128KiB", neighbours="64KiB")
+
+        assert 32 == gpu.chunk_pages
+        assert 16 == gpu.neighbour_pages
+
+    @pytest.mark.parametrize(
+        ("memory", "chunk"),
+        [("4KiB", 64 << 10), ("1MiB", 64 << 10), ("2MiB", 128 << 10), ("64MiB", 2 << 20)],
+    )
+    def test_default_chunk(self, memory, chunk):
+        """A chunk is about a sixteenth of the device, within its limits."""
+        gpu = devices.open("numpy", machine(), memory=memory)
+
+        assert chunk == gpu.chunk_pages * PAGE_SIZE
+        assert Chunks is type(gpu.chunks)
+
+    def test_two(self):
+        """Two devices of one machine have PFNs of their own."""
+        here = machine()
+
+        one, two = (devices.open("numpy", here, memory="1MiB") for _ in range(2))
+
+        assert one.zone.start_pfn == two.zone.end_pfn
+        here.verify()
+
+    def test_place_of_a_closed_device(self):
+        """What a closed device leaves is used again, and says nothing of what was there."""
+        world = mapped_range(memory="1MiB")
+        world.gpu.to_device(world.process, world.addr, world.nbytes)
+        world.gpu.close()
+
+        gpu = devices.open("numpy", world.machine, memory="1MiB")
+
+        assert world.gpu.zone.start_pfn == gpu.zone.start_pfn
+        assert not np.count_nonzero(gpu.memory)
+        assert [0, 1, 2, 3, 4] == world.contents()
+        world.machine.verify()
+
+    def test_announced(self):
+        """The driver "numpy" is announced by this distribution."""
+        assert load_driver("numpy") is NumpyDevice
+
+
+class TestWrongCall:
+    def test_unknown_name(self):
+        """A name that no driver has is answered with those that exist."""
+        with pytest.raises(InvalidArgument, match=r"no device 'fpga'.*installed: .*numpy"):
+            devices.open("fpga", machine())
+
+    @pytest.mark.parametrize("kind", ["public", "coherent", ""])
+    def test_kind(self, kind):
+        """A kind of memory that does not exist is answered with the one that does."""
+        with pytest.raises(InvalidArgument, match=f'{kind!r}.*"private"'):
+            devices.open("numpy", machine(), kind=kind)

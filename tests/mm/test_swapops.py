@@ -1,0 +1,152 @@
+"""Swap-type entries against bit arithmetic on Python ints."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm.pgtable import mk_pte
+from mm.swapops import (
+    MAX_SWAPFILES,
+    SWP_DEVICE_READ,
+    SWP_DEVICE_WRITE,
+    SWP_HWPOISON,
+    SWP_MIGRATION_READ,
+    SWP_MIGRATION_WRITE,
+    SWP_SOFT_DIRTY,
+    is_device_private_entry,
+    is_hwpoison_entry,
+    is_migration_entry,
+    is_swap_pte,
+    is_write_device_private_entry,
+    is_write_migration_entry,
+    make_device_private_entry,
+    make_hwpoison_entry,
+    make_migration_entry,
+    non_swap_entry,
+    pte_swp_soft_dirty,
+    swp_entry,
+    swp_offset,
+    swp_type,
+)
+
+KINDS = range(32)
+OFFSETS = 2**50  # first that no entry can hold
+offset_lists = st.lists(st.integers(0, OFFSETS - 1), min_size=1, max_size=20)
+
+
+def vector(offsets):
+    return np.array(offsets, dtype=np.int64)
+
+
+def picture(kind, offset):
+    """The entry as mm/swapops.py draws it: type, offset inverted, nine zeros."""
+    return kind << 59 | (OFFSETS - 1 - offset) << 9
+
+
+class TestSwpEntry:
+    @given(kind=st.sampled_from(KINDS), offsets=offset_lists)
+    def test_bits(self, kind, offsets):
+        """Type on top, the offset inverted below, and both come back."""
+        ptes = swp_entry(kind, vector(offsets))
+
+        assert [picture(kind, offset) for offset in offsets] == ptes.tolist()
+        assert [kind] * len(offsets) == swp_type(ptes).tolist()
+        assert offsets == swp_offset(ptes).tolist()
+        assert (np.uint64, np.int64) == (ptes.dtype, swp_offset(ptes).dtype)
+
+    @given(kind=st.sampled_from(KINDS), offsets=offset_lists)
+    def test_neither_present_nor_empty(self, kind, offsets):
+        """Hardware faults on each; only type 0 with the last offset would look empty."""
+        expected = [(kind, offset) != (0, OFFSETS - 1) for offset in offsets]
+
+        assert expected == is_swap_pte(swp_entry(kind, vector(offsets))).tolist()
+
+    @given(offsets=offset_lists)
+    def test_soft_dirty(self, offsets):
+        """The soft-dirty bit is beside the entry: it changes neither type nor offset."""
+        for kind in KINDS:
+            ptes = swp_entry(kind, vector(offsets)) | SWP_SOFT_DIRTY
+
+            assert pte_swp_soft_dirty(ptes).all()
+            assert offsets == swp_offset(ptes).tolist()
+            assert not pte_swp_soft_dirty(ptes ^ SWP_SOFT_DIRTY).any()
+
+
+class TestKinds:
+    def test_types_as_in_linux(self):
+        """The five types that are no swap area come after 27 that are."""
+        types = (
+            SWP_HWPOISON,
+            SWP_MIGRATION_READ,
+            SWP_MIGRATION_WRITE,
+            SWP_DEVICE_WRITE,
+            SWP_DEVICE_READ,
+        )
+
+        assert (27, 28, 29, 30, 31) == types
+        assert 27 == MAX_SWAPFILES
+
+    @pytest.mark.parametrize(
+        ("predicate", "kinds"),
+        [
+            (non_swap_entry, {27, 28, 29, 30, 31}),
+            (is_hwpoison_entry, {SWP_HWPOISON}),
+            (is_migration_entry, {SWP_MIGRATION_READ, SWP_MIGRATION_WRITE}),
+            (is_write_migration_entry, {SWP_MIGRATION_WRITE}),
+            (is_device_private_entry, {SWP_DEVICE_READ, SWP_DEVICE_WRITE}),
+            (is_write_device_private_entry, {SWP_DEVICE_WRITE}),
+        ],
+    )
+    @given(offset=st.integers(0, OFFSETS - 1))
+    def test_predicates(self, predicate, kinds, offset):
+        """Each predicate knows its types, whatever the offset and the soft-dirty bit."""
+        every_kind = np.concatenate([swp_entry(kind, vector([offset])) for kind in KINDS])
+
+        assert kinds == set(np.flatnonzero(predicate(every_kind)).tolist())
+        assert kinds == set(np.flatnonzero(predicate(every_kind | SWP_SOFT_DIRTY)).tolist())
+
+    @given(
+        pfns=st.lists(st.integers(0, 2**40 - 1), max_size=20),
+        low=st.integers(0, 2**11 - 1).map(lambda bits: bits << 1 | 1),
+        nx=st.booleans(),
+    )
+    def test_present_entries_are_none_of_them(self, pfns, low, nx):
+        """No frame and no bits of a present entry look like one that is not."""
+        ptes = mk_pte(vector(pfns), np.uint64(low | nx << 63))
+
+        for predicate in (is_swap_pte, is_migration_entry, is_device_private_entry):
+            assert not predicate(ptes).any()
+        assert not is_hwpoison_entry(ptes).any()
+
+    def test_empty_entry_is_none_of_them(self):
+        """An empty entry is no swap entry of any type."""
+        empty = np.zeros(1, dtype=np.uint64)
+
+        assert not is_swap_pte(empty)[0]
+        assert not non_swap_entry(empty)[0]
+
+
+class TestMake:
+    @pytest.mark.parametrize(
+        ("make", "read", "write"),
+        [
+            (make_migration_entry, SWP_MIGRATION_READ, SWP_MIGRATION_WRITE),
+            (make_device_private_entry, SWP_DEVICE_READ, SWP_DEVICE_WRITE),
+        ],
+    )
+    @given(pages=st.lists(st.tuples(st.integers(0, 2**40 - 1), st.booleans()), max_size=20))
+    def test_write_permission_is_in_the_type(self, make, read, write, pages):
+        """A mixed vector keeps PFN and permission of each page."""
+        pfns, writable = [p for p, _ in pages], [w for _, w in pages]
+
+        ptes = make(vector(pfns), np.array(writable, dtype=np.bool_))
+
+        assert [picture(write if w else read, p) for p, w in pages] == ptes.tolist()
+
+    @given(offsets=offset_lists)
+    def test_hwpoison(self, offsets):
+        """A poisoned page is remembered by its PFN."""
+        ptes = make_hwpoison_entry(vector(offsets))
+
+        assert [picture(SWP_HWPOISON, offset) for offset in offsets] == ptes.tolist()
