@@ -1,9 +1,8 @@
 """What a driver promises in its two callbacks, checked. Linux: include/linux/migrate.h, v4.20.
 
-The kernel trusts its drivers; here a broken promise becomes a `DriverBug` that names the entry
-and the rule, after every page has been put back. What costs little is always checked. On a
-machine with debug=True the allocators are watched too, and a destination page that the driver
-took but did not hand over is found.
+The kernel trusts its drivers. On a machine with debug=True a broken promise becomes a `DriverBug`
+that names the entry and the rule, after every page has been put back. The allocators are watched
+too, so that a destination page which the driver took but did not hand over is found.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ class Contract:
         self.start = start
         self.owner = owner
         self.src_before = src.copy()
-        self.in_use_before = _in_use(mem) if mem.debug else None
+        self.dst_before = dst
+        self.in_use_before = _in_use(mem)
 
     def check_alloc_and_copy(self) -> None:
         """Raise DriverBug for the first rule that alloc_and_copy() broke.
@@ -57,25 +57,17 @@ class Contract:
         where = places(given)
         if where.size:
             self._check_destinations(where, migrate_pfn_to_pfn(self.dst[where]))
-        if self.in_use_before is not None:
-            self._check_leaks(self.in_use_before)
+        self._check_leaks()
 
-    def check_finalize_and_map(self, dst_before: MigratePfns, src_before: MigratePfns) -> None:
+    def before_finalize_and_map(self) -> None:
+        """Remember what finalize_and_map() may only read."""
+        self.src_before, self.dst_before = self.src.copy(), self.dst.copy()
+
+    def check_finalize_and_map(self) -> None:
         """Raise DriverBug if finalize_and_map() wrote to `src` or `dst`; both are put right."""
-        changed = (self.src != src_before) | (self.dst != dst_before)
-        self.src[:], self.dst[:] = src_before, dst_before
+        changed = (self.src != self.src_before) | (self.dst != self.dst_before)
+        self.src[:], self.dst[:] = self.src_before, self.dst_before
         self._refuse(changed, "finalize_and_map() changed src or dst, which it may only read")
-
-    def usable_destinations(self) -> Indices:
-        """Entries of a faulty `dst` whose page really is the migration's to give back."""
-        where = places(is_valid(self.dst))
-        pfns = migrate_pfn_to_pfn(self.dst[where])
-        good = ~self._no_page(pfns)
-        good[good] = ~self._not_ours(pfns[good])
-        _, first = np.unique(pfns, return_index=True)
-        once = np.zeros(where.size, dtype=np.bool_)
-        once[first] = True
-        return where[good & once]
 
     def locked(self, where: Indices) -> Mask:
         """True where the destination page of an entry really is locked."""
@@ -83,25 +75,15 @@ class Contract:
         return has(self.mem.flags[pfns], PG_locked)
 
     def _check_destinations(self, where: Indices, pfns: Pfns) -> None:
-        self._refuse_at(where, self._no_page(pfns), "dst names a PFN that no memory has")
+        self._refuse_at(where, _no_page(self.mem, pfns), "dst names a PFN that no memory has")
         unlocked = ~self.locked(where) | (~has(self.dst[where], MIGRATE_PFN_LOCKED))
         self._refuse_at(where, unlocked, "the destination page is not locked")
-        self._refuse_at(where, self._not_ours(pfns), "the destination page is free or in use")
+        self._refuse_at(where, _not_ours(self.mem, pfns), "the destination page is free or in use")
         self._refuse_at(where, self._wrong_zone(where, pfns), "the destination is in a wrong zone")
         if some(pfns[1:] <= pfns[:-1]) and np.unique(pfns).size < pfns.size:
             repeated = np.ones(pfns.size, dtype=np.bool_)
             repeated[np.unique(pfns, return_index=True)[1]] = False
             self._refuse_at(where, repeated, "the destination page is given twice")
-
-    def _no_page(self, pfns: Pfns) -> Mask:
-        outside = (pfns < 0) | (pfns >= self.mem.limit_pfn)
-        outside[~outside] = self.mem.zone[pfns[~outside]] == MemoryType.HOLE
-        return outside
-
-    def _not_ours(self, pfns: Pfns) -> Mask:
-        """Not one reference of the driver's and nothing else."""
-        base = self.mem.is_zone_device_page(pfns)
-        return (self.mem.refcount[pfns] != base + 1) | (self.mem.mapping[pfns] != 0)
 
     def _wrong_zone(self, where: Indices, pfns: Pfns) -> Mask:
         """Device memory of another driver; or for a page of a device, not system memory."""
@@ -118,8 +100,8 @@ class Contract:
         )
         return np.where(from_device, device, ~ours[mem.zone[pfns]])
 
-    def _check_leaks(self, before: Mask) -> None:
-        taken = places(_in_use(self.mem) & ~before)
+    def _check_leaks(self) -> None:
+        taken = places(_in_use(self.mem) & ~self.in_use_before)
         given = migrate_pfn_to_pfn(self.dst[is_valid(self.dst)])
         leaked = np.setdiff1d(taken, given)
         if leaked.size:
@@ -143,6 +125,30 @@ class Contract:
             f"entry {i}{more}, address {self.start + (i << 12):#x}: {rule}; "
             f"src {self.src[i]:#x}, dst {self.dst[i]:#x}"
         )
+
+
+def usable_destinations(mem: MemMap, dst: MigratePfns) -> Indices:
+    """Entries of a faulty *dst* whose page really is the migration's to give back."""
+    where = places(is_valid(dst))
+    pfns = migrate_pfn_to_pfn(dst[where])
+    good = ~_no_page(mem, pfns)
+    good[good] = ~_not_ours(mem, pfns[good])
+    _, first = np.unique(pfns, return_index=True)
+    once = np.zeros(where.size, dtype=np.bool_)
+    once[first] = True
+    return where[good & once]
+
+
+def _no_page(mem: MemMap, pfns: Pfns) -> Mask:
+    outside = (pfns < 0) | (pfns >= mem.limit_pfn)
+    outside[~outside] = mem.zone[pfns[~outside]] == MemoryType.HOLE
+    return outside
+
+
+def _not_ours(mem: MemMap, pfns: Pfns) -> Mask:
+    """Anything but one reference, the driver's."""
+    base = mem.is_zone_device_page(pfns)
+    return (mem.refcount[pfns] != base + 1) | (mem.mapping[pfns] != 0)
 
 
 def _in_use(mem: MemMap) -> NDArray[np.bool_]:

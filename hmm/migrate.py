@@ -20,14 +20,15 @@ device may populate.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hmm.contract import Contract
+from hmm.contract import Contract, usable_destinations
 from hmm.migrate_pfn import (
     MIGRATE_PFN_DEVICE,
     MIGRATE_PFN_ERROR,
@@ -48,7 +49,7 @@ from mm.locking import preempt
 from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_flags import PG_lru, PG_uptodate
+from mm.page_flags import NO_FLAGS, PG_lru, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     pte_none,
@@ -77,8 +78,8 @@ from mm.swap import (
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma, page_anon, vma_is_anonymous
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes
-from mm.vectors import every, has, places, some
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, pages
+from mm.vectors import distinct, every, has, joined, places, some
 
 mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
@@ -118,9 +119,15 @@ class MigrateVmaOps(Protocol):
 class MigrateVma:
     """One migration under way, and its result. Linux: struct migrate_vma.
 
-    src, dst: uint64[npages]. pgmap_owner: whose device pages to collect, and whose own
-    invalidations these are; None collects those of any device, as v4.20 does. wanted: pages of
-    the range to consider, all if None (ours: it makes one call of a scattered set of pages).
+    src, dst: uint64[npages], what the driver sees. pgmap_owner: whose device pages to collect,
+    and whose own invalidations these are; None collects those of any device, as v4.20 does.
+    wanted: pages of the range to consider, all if None (ours: it makes one call of a scattered
+    set of pages).
+
+    The stages hand on what they found, so that none decodes src again: `entries` are the places
+    with a page that can still move, `pfns` those pages, `late` the places among them whose lock
+    collect did not get, `holes` the places that the device may populate, and `moved` says for
+    each of `entries` whether dst has taken its place.
     """
 
     vma: Vma
@@ -132,9 +139,16 @@ class MigrateVma:
     pgmap_owner: object = None
     wanted: Mask | None = None
     stayed: NDArray[np.uint8] = field(init=False)  # a `Stayed` for each page
+    entries: Indices = field(init=False)
+    pfns: Pfns = field(init=False)
+    late: Indices = field(init=False)
+    holes: Indices = field(init=False)
+    moved: Mask = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stayed = np.zeros(self.npages, dtype=np.uint8)
+        self.stayed = np.full(self.npages, Stayed.SKIPPED, dtype=np.uint8)
+        self.entries = self.pfns = self.late = self.holes = pages()
+        self.moved = np.zeros(0, dtype=np.bool_)
 
     @property
     def mem(self) -> MemMap:
@@ -158,10 +172,9 @@ class MigrateVma:
 
     def drop(self, entries: Indices, why: Stayed) -> None:
         """Say that *entries* stay."""
-        if not entries.size:
-            return
-        self.src[entries] &= ~MIGRATE_PFN_MIGRATE
-        self.stayed[entries] = why
+        if entries.size:
+            self.src[entries] &= ~MIGRATE_PFN_MIGRATE
+            self.stayed[entries] = why
 
 
 # collect
@@ -174,70 +187,89 @@ def migrate_vma_collect(migrate: MigrateVma) -> None:
     """
     mm = migrate.vma.vm_mm
     start, end = migrate.start, migrate.end
+    found: list[_Collected] = []
     with mmu_notifier_range(mm, start, end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner):
         for run in walk_page_range(mm.mem.tables, mm.pgd, start, end):
             preempt("migrate_vma_collect")
             with mm.page_table_lock:
-                _collect_run(migrate, run)
+                found += _collect_run(migrate, run)
+    migrate.entries = joined([kind.entries for kind in found])
+    migrate.pfns = joined([kind.pfns for kind in found])
+    migrate.late = joined([kind.entries[~kind.locked] for kind in found])
     if mm_migrate_vma_collect:
         mm_migrate_vma_collect(process=mm.name, start=start, end=end, cpages=migrate.cpages)
 
 
-def _collect_run(migrate: MigrateVma, run: Run) -> None:
+class _Collected(NamedTuple):
+    """Pages of one kind in one run: their places in the range, and whose lock we have."""
+
+    entries: Indices
+    pfns: Pfns
+    locked: Mask
+
+
+def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
     """Linux: migrate_vma_collect_pmd() and migrate_vma_collect_hole(), mm/migrate.c."""
-    mem, ptes, src = migrate.mem, run.ptes, migrate.src[run.slice]
-    pfns, writable, private = _decode(ptes)
+    ptes = run.ptes
+    wanted = True if migrate.wanted is None else migrate.wanted[run.slice]
     present = pte_present(ptes)
-    hole = pte_none(ptes) | (present & pte_special(ptes))
-    chosen = ~hole & _selected(migrate, pfns, present, private)
-    if not vma_is_anonymous(migrate.vma):
-        hole[:] = False  # Unlike Linux v4.20, which collects them only to fail on each later.
-    if migrate.wanted is not None:
-        hole &= migrate.wanted[run.slice]
-        chosen &= migrate.wanted[run.slice]
-    entries = places(chosen)
-    pages = pfns if entries.size == pfns.size else pfns[entries]
+    zero = present & pte_special(ptes)
 
-    src[:] = hole * MIGRATE_PFN_MIGRATE
-    migrate.stayed[run.slice] = ~(hole | chosen) * np.uint8(Stayed.SKIPPED)
-    if not pages.size:
-        return
-    word = migrate_pfn(pfns) | MIGRATE_PFN_MIGRATE
-    word |= writable * MIGRATE_PFN_WRITE | private * MIGRATE_PFN_DEVICE
-    locked = trylock_page(mem, pages)
-    get_page(mem, pages[~locked])
-    src[entries] = word[entries] | locked * MIGRATE_PFN_LOCKED
-    # The reference that the mapping held is the migration's from here on.
-    taken = entries[locked]
-    ptes[taken] = unmap_to_migration_entries(mem, ptes[taken], pages[locked])
-
-
-def _decode(ptes: Ptes) -> tuple[Pfns, Mask, Mask]:
-    """PFN, writable and device-private of each entry; meaningless where there is no page."""
-    private = is_device_private_entry(ptes)
-    if not some(private):
-        return pte_pfn(ptes), pte_write(ptes), private
-    pfns = np.where(private, swp_offset(ptes), pte_pfn(ptes))
-    writable = np.where(private, is_write_device_private_entry(ptes), pte_write(ptes))
-    return pfns, writable, private
-
-
-def _selected(migrate: MigrateVma, pfns: Pfns, present: Mask, private: Mask) -> Mask:
-    """Entries with a page of a kind that was asked for, which belongs to somebody."""
-    mem = migrate.mem
-    chosen = np.zeros_like(private)
+    # Unlike Linux v4.20, which collects holes of files too, only to fail on each later.
+    if vma_is_anonymous(migrate.vma):
+        holes = places((pte_none(ptes) | zero) & wanted) + run.first
+        migrate.src[holes] = MIGRATE_PFN_MIGRATE
+        migrate.stayed[holes] = Stayed.NO
+        migrate.holes = joined([migrate.holes, holes])
     if migrate.select & MigrateVmaSelect.SYSTEM:
-        chosen |= present
-    if migrate.select & MigrateVmaSelect.DEVICE_PRIVATE and some(private):
-        theirs = places(private)
-        for zone in mem.zones:
-            if zone is None or zone.pgmap is None:
-                continue
-            if migrate.pgmap_owner is None or zone.pgmap.owner is migrate.pgmap_owner:
-                chosen[theirs[mem.zone[pfns[theirs]] == zone.index]] = True
-    there = places(chosen)
-    chosen[there] = mem.mapping[pfns[there]] != 0
-    return chosen
+        system = places(present & ~zero & wanted)
+        if system.size:
+            yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), NO_FLAGS)
+    if migrate.select & MigrateVmaSelect.DEVICE_PRIVATE:
+        private = places(is_device_private_entry(ptes) & wanted)
+        if private.size:
+            pfns = swp_offset(ptes[private])
+            ours = _owned(migrate, pfns)
+            yield _collect_pages(migrate, run, private[ours], pfns[ours], MIGRATE_PFN_DEVICE)
+
+
+def _owned(migrate: MigrateVma, pfns: Pfns) -> Mask:
+    """True for device pages of the owner asked for."""
+    mem, owner = migrate.mem, migrate.pgmap_owner
+    zones = mem.zone[pfns]
+    ours = [index for index in distinct(zones) if owner is None or _owner_of(mem, index) is owner]
+    return np.isin(zones, ours)
+
+
+def _owner_of(mem: MemMap, index: int) -> object:
+    zone = mem.zones[index]
+    return None if zone is None else zone.pgmap.owner
+
+
+def _collect_pages(
+    migrate: MigrateVma, run: Run, at: Indices, pfns: Pfns, kind: np.uint64
+) -> _Collected:
+    """Enter *pfns*, found at places *at* of the run, in src; unmap those that can be locked."""
+    mem, ptes = migrate.mem, run.ptes
+    owned = mem.mapping[pfns] != 0
+    if not every(owned):
+        at, pfns = at[owned], pfns[owned]
+    found = ptes[at]
+    writable = is_write_device_private_entry(found) if kind else pte_write(found)
+    locked = trylock_page(mem, pfns)
+    word = migrate_pfn(pfns) | (MIGRATE_PFN_MIGRATE | kind)
+    word |= writable * MIGRATE_PFN_WRITE
+    entries = at + run.first
+    migrate.src[entries] = word | locked * MIGRATE_PFN_LOCKED
+    migrate.stayed[entries] = Stayed.NO
+
+    # The reference that the mapping of a locked page held becomes the migration's.
+    if every(locked):
+        ptes[at] = unmap_to_migration_entries(mem, found, pfns)
+    else:
+        get_page(mem, pfns[~locked])
+        ptes[at[locked]] = unmap_to_migration_entries(mem, found[locked], pfns[locked])
+    return _Collected(entries, pfns, locked)
 
 
 # prepare
@@ -248,44 +280,47 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
 
     Linux: migrate_vma_prepare(), mm/migrate.c.
     """
-    mem, src = migrate.mem, migrate.src
     preempt("migrate_vma_prepare")
+    if migrate.late.size:
+        _lock_late(migrate)
+    if not every(migrate.mem.is_zone_device_page(migrate.pfns)):
+        _isolate(migrate)
+    _restore_pinned(migrate)
+
+
+def _lock_late(migrate: MigrateVma) -> None:
+    """Try the page locks again that collect did not get; a page that is still locked stays."""
+    mem, src, late = migrate.mem, migrate.src, migrate.late
+    got = trylock_page(mem, migrate_pfn_to_pfn(src[late]))
+    src[late[got]] |= MIGRATE_PFN_LOCKED
+    busy = late[~got]
+    pfns = migrate_pfn_to_pfn(src[busy])
+    src[busy] = 0
+    migrate.stayed[busy] = Stayed.LOCKED
+    _keep(migrate, is_valid(src[migrate.entries]))
+    put_page(mem, pfns)
+
+
+def _isolate(migrate: MigrateVma) -> None:
+    """Take system pages off the LRU; one that somebody else has isolated stays."""
+    mem = migrate.mem
     lru_add_drain(mem)
-    entries = places(is_valid(src))
-    entries = entries[_lock_rest(migrate, entries)]
-    pfns = migrate_pfn_to_pfn(src[entries])
-
-    system = ~mem.is_zone_device_page(pfns)
-    listed = pfns[system]
-    if some(~has(mem.flags[listed], PG_lru)):
+    system = places(~mem.is_zone_device_page(migrate.pfns))
+    pfns = migrate.pfns[system]
+    if not every(has(mem.flags[pfns], PG_lru)):
         lru_add_drain_all(mem)
-    isolated = isolate_lru_page(mem, listed)
-    put_page(mem, listed[isolated])  # isolation has taken one of its own
-    busy = entries[system][~isolated]
-    if busy.size:
+    isolated = isolate_lru_page(mem, pfns)
+    put_page(mem, pfns[isolated])  # isolation has taken one of its own
+    if not every(isolated):
+        busy = np.zeros(migrate.entries.size, dtype=np.bool_)
+        busy[system[~isolated]] = True
         _restore(migrate, busy, Stayed.ISOLATED, isolated=False)
-        still = is_valid(src[entries])
-        entries, pfns = entries[still], pfns[still]
-    pinned = ~migrate_vma_check_page(mem, pfns)
-    if some(pinned):
-        _restore(migrate, entries[pinned], Stayed.PINNED)
 
 
-def _lock_rest(migrate: MigrateVma, entries: Indices) -> Mask:
-    """Try the page locks again that collect did not get; True for entries that are locked."""
-    mem, src = migrate.mem, migrate.src
-    locked = has(src[entries], MIGRATE_PFN_LOCKED)
-    if every(locked):
-        return locked
-    late = places(~locked)
-    pfns = migrate_pfn_to_pfn(src[entries[late]])
-    got = trylock_page(mem, pfns)
-    src[entries[late[got]]] |= MIGRATE_PFN_LOCKED
-    locked[late[got]] = True
-    src[entries[late[~got]]] = 0
-    migrate.stayed[entries[late[~got]]] = Stayed.LOCKED
-    put_page(mem, pfns[~got])
-    return locked
+def _restore_pinned(migrate: MigrateVma) -> None:
+    unpinned = migrate_vma_check_page(migrate.mem, migrate.pfns)
+    if not every(unpinned):
+        _restore(migrate, ~unpinned, Stayed.PINNED)
 
 
 def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -294,25 +329,27 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
     A device-private page always passes: the CPU threads that wait for it hold references, and
     two of them would keep each other out for good. Linux: migrate_vma_check_page().
     """
-    free_of_pins = mem.refcount[pfns] - mem.mapcount[pfns] <= 1
-    device = mem.is_zone_device_page(pfns)
-    return free_of_pins | device if some(device) else free_of_pins
+    unpinned = mem.refcount[pfns] - mem.mapcount[pfns] <= 1
+    return unpinned if every(unpinned) else unpinned | mem.is_device_private_page(pfns)
 
 
-def _restore(migrate: MigrateVma, entries: Indices, why: Stayed, *, isolated: bool = True) -> None:
-    """Map the pages of *entries* again where they were, and let go of them."""
+def _restore(migrate: MigrateVma, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:
+    """Map those of `entries` that are *bad* again where they were, and let go of them."""
     mem = migrate.mem
-    pfns = migrate_pfn_to_pfn(migrate.src[entries])
+    entries, pfns = migrate.entries[bad], migrate.pfns[bad]
+    _keep(migrate, ~bad)
     remove_migration_ptes(mem, pfns, pfns)
     migrate.src[entries] = 0
     migrate.stayed[entries] = why
     unlock_page(mem, pfns)
-    device = mem.is_zone_device_page(pfns)
-    if isolated:
-        putback_lru_page(mem, pfns[~device])
-        put_page(mem, pfns[device])
-    else:
-        put_page(mem, pfns)
+    to_lru = ~mem.is_zone_device_page(pfns) & isolated
+    putback_lru_page(mem, pfns[to_lru])
+    put_page(mem, pfns[~to_lru])
+
+
+def _keep(migrate: MigrateVma, good: Mask) -> None:
+    """Go on with those of `entries` that are *good*."""
+    migrate.entries, migrate.pfns = migrate.entries[good], migrate.pfns[good]
 
 
 # unmap
@@ -323,20 +360,15 @@ def migrate_vma_unmap(migrate: MigrateVma) -> None:
 
     Linux: migrate_vma_unmap(), mm/migrate.c.
     """
-    mem, src = migrate.mem, migrate.src
+    mem = migrate.mem
     preempt("migrate_vma_unmap")
-    entries = places(is_valid(src))
-    pfns = migrate_pfn_to_pfn(src[entries])
-    mapped = page_mapped(mem, pfns)
+    mapped = page_mapped(mem, migrate.pfns)
     if some(mapped):
-        try_to_unmap(mem, pfns[mapped])
-        mapped = page_mapped(mem, pfns)
+        try_to_unmap(mem, migrate.pfns[mapped])
+        mapped = page_mapped(mem, migrate.pfns)
         if some(mapped):
-            _restore(migrate, entries[mapped], Stayed.MAPPED)
-            entries, pfns = entries[~mapped], pfns[~mapped]
-    pinned = ~migrate_vma_check_page(mem, pfns)
-    if some(pinned):
-        _restore(migrate, entries[pinned], Stayed.PINNED)
+            _restore(migrate, mapped, Stayed.MAPPED)
+    _restore_pinned(migrate)
 
 
 def migrate_vma_setup(migrate: MigrateVma) -> int:
@@ -349,9 +381,9 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
     migrate.src[:] = 0
     migrate.dst[:] = 0
     migrate_vma_collect(migrate)
-    if migrate.cpages:
+    if migrate.entries.size:
         migrate_vma_prepare(migrate)
-    if migrate.cpages:
+    if migrate.entries.size:
         migrate_vma_unmap(migrate)
     return migrate.cpages
 
@@ -391,27 +423,30 @@ def migrate_vma_pages(migrate: MigrateVma) -> None:
 
     Linux: migrate_vma_pages(), mm/migrate.c.
     """
-    mem, src, dst = migrate.mem, migrate.src, migrate.dst
+    mem, dst = migrate.mem, migrate.dst
     preempt("migrate_vma_pages")
-    moving = is_migrating(src)
-    given = is_valid(dst)
-    lost = moving & is_valid(src) & (has(dst, MIGRATE_PFN_ERROR))
-    migrate.drop(places(lost), Stayed.LOST)
-    migrate.drop(places(moving & ~given & ~lost), Stayed.NOT_CHOSEN)
-    moving &= given & ~lost
+    if migrate.holes.size:
+        given = is_valid(dst[migrate.holes])
+        migrate.drop(migrate.holes[~given], Stayed.NOT_CHOSEN)
+        if some(given):
+            migrate_vma_insert_page(migrate, migrate.holes[given])
 
-    holes = places(moving & ~is_valid(src))
-    if holes.size:
-        migrate_vma_insert_page(migrate, holes)
-    entries = places(moving & is_valid(src))
-    new, old = migrate_pfn_to_pfn(dst[entries]), migrate_pfn_to_pfn(src[entries])
-    anon = page_anon(mem, old)
-    if not every(anon):  # only the page cache knows how to move its pages, and not to a device
-        migrate.drop(entries[~anon], Stayed.REFUSED)
-        entries, new, old = entries[anon], new[anon], old[anon]
-    failed = migrate_page(mem, new, old) != 0
+    words = dst[migrate.entries]
+    moved = is_valid(words)
+    if not every(moved):
+        lost = has(words, MIGRATE_PFN_ERROR)
+        migrate.drop(migrate.entries[~moved], Stayed.NOT_CHOSEN)
+        migrate.drop(migrate.entries[lost], Stayed.LOST)
+        moved &= ~lost
+    if not every(page_anon(mem, migrate.pfns)):
+        refused = moved & ~page_anon(mem, migrate.pfns)  # only the page cache can move its own
+        migrate.drop(migrate.entries[refused], Stayed.REFUSED)
+        moved &= ~refused
+    failed = migrate_page(mem, migrate_pfn_to_pfn(words[moved]), migrate.pfns[moved]) != 0
     if some(failed):
-        migrate.drop(entries[failed], Stayed.BUSY)
+        migrate.drop(migrate.entries[moved][failed], Stayed.BUSY)
+        moved[moved] = ~failed
+    migrate.moved = moved
 
 
 def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
@@ -448,20 +483,21 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
 
     Linux: migrate_vma_finalize(), mm/migrate.c.
     """
-    mem, src, dst = migrate.mem, migrate.src, migrate.dst
+    mem, old, moved = migrate.mem, migrate.pfns, migrate.moved
     preempt("migrate_vma_finalize")
-    sources = places(is_valid(src))
-    old = migrate_pfn_to_pfn(src[sources])
-    moved = is_migrating(src[sources]) & is_valid(dst[sources])
-    lost = migrate.stayed[sources] == Stayed.LOST
-
-    if some(lost):
+    gone = moved
+    if every(moved):
+        new = migrate_pfn_to_pfn(migrate.dst[migrate.entries])
+    else:
+        lost = migrate.stayed[migrate.entries] == Stayed.LOST
         poison_migration_ptes(mem, old[lost])
-    remove_migration_ptes(mem, old, np.where(moved, migrate_pfn_to_pfn(dst[sources]), old))
+        gone = moved | lost
+        new = np.where(moved, migrate_pfn_to_pfn(migrate.dst[migrate.entries]), old)
+    remove_migration_ptes(mem, old, new)
     unlock_page(mem, old)
     # Unlike Linux v4.20, a source page that nobody maps any more is freed at once, without the
     # detour over an LRU list.
-    kept = ~moved & ~lost & ~mem.is_zone_device_page(old)
+    kept = ~gone & ~mem.is_zone_device_page(old)
     put_page(mem, old[~kept])
     putback_lru_page(mem, old[kept])
     _release_destinations(migrate)
@@ -477,14 +513,15 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
 def _release_destinations(migrate: MigrateVma) -> None:
     """Unlock the pages of dst; a system page that moved in goes to the LRU."""
     mem = migrate.mem
-    given = is_valid(migrate.dst)
+    given = places(is_valid(migrate.dst))
     new = migrate_pfn_to_pfn(migrate.dst[given])
-    word = migrate.src[given]
     unlock_page(mem, new)
-    # A hole that was filled is on its way to the LRU already.
-    to_lru = is_migrating(word) & is_valid(word) & ~mem.is_zone_device_page(new)
-    putback_lru_page(mem, new[to_lru])
-    put_page(mem, new[~to_lru])
+    system = ~mem.is_zone_device_page(new)
+    if some(system):
+        words = migrate.src[given]  # a hole that was filled is on its way to the LRU already
+        system &= is_migrating(words) & is_valid(words)
+    putback_lru_page(mem, new[system])
+    put_page(mem, new[~system])
 
 
 # all of it
@@ -517,33 +554,37 @@ def migrate_vma(
     with vma.vm_mm.mmap_sem.read():
         if not migrate_vma_setup(migrate):
             return migrate
-        contract = Contract(migrate.mem, src, dst, start, pgmap_owner)
+        contract = (
+            Contract(migrate.mem, src, dst, start, pgmap_owner) if migrate.mem.debug else None
+        )
         try:
             ops.alloc_and_copy(vma, src, dst, start, end, private)
-            contract.check_alloc_and_copy()
+            if contract:
+                contract.check_alloc_and_copy()
         except BaseException:
-            _abort(migrate, contract)
+            _abort(migrate)
             raise
         migrate_vma_pages(migrate)
-        moved_src, moved_dst = src.copy(), dst.copy()
         try:
+            if contract:
+                contract.before_finalize_and_map()
             ops.finalize_and_map(vma, src, dst, start, end, private)
-            contract.check_finalize_and_map(moved_dst, moved_src)
+            if contract:
+                contract.check_finalize_and_map()
         finally:
-            src[:], dst[:] = moved_src, moved_dst
             migrate_vma_finalize(migrate)
     return migrate
 
 
-def _abort(migrate: MigrateVma, contract: Contract) -> None:
-    """Put everything back after alloc_and_copy() failed, whatever it left in the vectors."""
-    migrate.src[:] = contract.src_before
-    usable = contract.usable_destinations()
-    words = migrate.dst[usable]
-    migrate.dst[:] = 0
-    migrate.dst[usable] = words
-    unlocked = usable[~contract.locked(usable)]
-    put_page(migrate.mem, migrate_pfn_to_pfn(migrate.dst[unlocked]))
-    migrate.dst[unlocked] = 0
-    migrate.drop(places(is_migrating(migrate.src)), Stayed.ABORTED)
+def _abort(migrate: MigrateVma) -> None:
+    """Put everything back after alloc_and_copy() failed, whatever it left in dst."""
+    mem, dst = migrate.mem, migrate.dst
+    ours = usable_destinations(mem, dst)
+    words = dst[ours]
+    dst[:] = 0
+    dst[ours] = words
+    trylock_page(mem, migrate_pfn_to_pfn(words))  # a page that came unlocked is released as others
+    migrate.drop(migrate.entries, Stayed.ABORTED)
+    migrate.drop(migrate.holes, Stayed.ABORTED)
+    migrate.moved = np.zeros(migrate.entries.size, dtype=np.bool_)
     migrate_vma_finalize(migrate)

@@ -194,13 +194,17 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     """
     present = pte_present(ptes)
     if every(present):
-        writable, soft_dirty, dirty = pte_write(ptes), pte_soft_dirty(ptes), pte_dirty(ptes)
+        dirty = pte_dirty(ptes)
+        if some(dirty):
+            mem.flags[pfns[dirty]] |= PG_dirty
+        writable, soft_dirty = pte_write(ptes), pte_soft_dirty(ptes)
+    elif not some(present):
+        writable, soft_dirty = is_write_device_private_entry(ptes), pte_swp_soft_dirty(ptes)
     else:
-        writable = np.where(present, pte_write(ptes), is_write_device_private_entry(ptes))
-        soft_dirty = np.where(present, pte_soft_dirty(ptes), pte_swp_soft_dirty(ptes))
-        dirty = present & pte_dirty(ptes)
-    if some(dirty):
-        mem.flags[pfns[dirty]] |= PG_dirty
+        entries = np.empty_like(ptes)
+        for kind in (present, ~present):
+            entries[kind] = unmap_to_migration_entries(mem, ptes[kind], pfns[kind])
+        return entries
     page_remove_rmap(mem, pfns)
     return make_migration_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
 

@@ -42,6 +42,14 @@ def distinct(values: NDArray[Any]) -> list[int]:
     return np.unique(values).tolist()
 
 
+def joined(vectors: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """One after the other, without a copy where only one has elements."""
+    full = [vector for vector in vectors if vector.size]
+    if len(full) == 1:
+        return full[0]
+    return np.concatenate(full) if full else np.empty(0, dtype=np.int64)
+
+
 def pieces(breaks: Mask, size: int) -> list[slice]:
     """A vector of *size* as slices; breaks[i] cuts between its elements i and i + 1."""
     if not some(breaks):

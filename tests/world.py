@@ -27,9 +27,15 @@ from mm.pgtable import (
     pte_offset,
     pte_pfn,
     pte_present,
+    pte_write,
 )
 from mm.swap import get_page, isolate_lru_page, lru_add_drain_all, putback_lru_page
-from mm.swapops import is_device_private_entry, make_device_private_entry, swp_offset
+from mm.swapops import (
+    is_device_private_entry,
+    is_write_device_private_entry,
+    make_device_private_entry,
+    swp_offset,
+)
 from mm.types import Vma
 from mm.typing import Addresses, Pfns, Ptes
 
@@ -174,7 +180,7 @@ class World:
         assert {} == self.machine.mem.anon_vmas
 
 
-def mapped_range(
+def mapped_range(  # noqa: PLR0913 - each a default that some test varies
     pages: int = 5,
     *,
     filled: bool = True,
@@ -199,6 +205,22 @@ def mapped_range(
     if filled and payload:
         world.fill()
     return world
+
+
+def in_step(gpu: Driver) -> bool:
+    """True if the device reaches nothing but what CPUs do, with no more rights."""
+    entries = gpu.mem.tables.entries
+    for mm, table in gpu.tables.items():
+        if not mm.exited:
+            addrs, ptes = table.mapped()
+            cpu = entries[pte_offset(gpu.mem.tables, mm.pgd, addrs)]
+            private = is_device_private_entry(cpu)
+            pfns = np.where(private, swp_offset(cpu), pte_pfn(cpu))
+            writable = np.where(private, is_write_device_private_entry(cpu), pte_write(cpu))
+            there = (pte_present(cpu) | private) & (pfns == pte_pfn(ptes))
+            if not (there & (writable | ~pte_write(ptes))).all():
+                return False
+    return True
 
 
 @contextmanager

@@ -17,7 +17,7 @@ def machine():
 
 class TestOpen:
     def test_numpy(self):
-        """"numpy" opens a NumpyDevice with as much memory as was asked for."""
+        """ "numpy" opens a NumpyDevice with as much memory as was asked for."""
         gpu = devices.open("numpy", machine(), memory="3MiB")
 
         assert NumpyDevice is type(gpu)
