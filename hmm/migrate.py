@@ -38,7 +38,6 @@ from hmm.migrate_pfn import (
     STAYED_ERRNO,
     MigratePfns,
     Stayed,
-    is_migrating,
     is_valid,
     migrate_pfn,
     migrate_pfn_to_pfn,
@@ -229,21 +228,21 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
         private = places(is_device_private_entry(ptes) & wanted)
         if private.size:
             pfns = swp_offset(ptes[private])
-            ours = _owned(migrate, pfns)
-            yield _collect_pages(migrate, run, private[ours], pfns[ours], MIGRATE_PFN_DEVICE)
+            if migrate.pgmap_owner is not None:
+                private, pfns = _owned(migrate, private, pfns)
+            yield _collect_pages(migrate, run, private, pfns, MIGRATE_PFN_DEVICE)
 
 
-def _owned(migrate: MigrateVma, pfns: Pfns) -> Mask:
-    """True for device pages of the owner asked for."""
-    mem, owner = migrate.mem, migrate.pgmap_owner
+def _owned(migrate: MigrateVma, at: Indices, pfns: Pfns) -> tuple[Indices, Pfns]:
+    """Those of device pages *pfns*, found at places *at*, that are the owner's."""
+    mem = migrate.mem
     zones = mem.zone[pfns]
-    ours = [index for index in distinct(zones) if owner is None or _owner_of(mem, index) is owner]
-    return np.isin(zones, ours)
-
-
-def _owner_of(mem: MemMap, index: int) -> object:
-    zone = mem.zones[index]
-    return None if zone is None else zone.pgmap.owner
+    for index in distinct(zones):
+        zone = mem.zones[index]
+        if zone is None or zone.pgmap.owner is not migrate.pgmap_owner:
+            keep = zones != index
+            zones, at, pfns = zones[keep], at[keep], pfns[keep]
+    return at, pfns
 
 
 def _collect_pages(
@@ -329,8 +328,7 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
     A device-private page always passes: the CPU threads that wait for it hold references, and
     two of them would keep each other out for good. Linux: migrate_vma_check_page().
     """
-    unpinned = mem.refcount[pfns] - mem.mapcount[pfns] <= 1
-    return unpinned if every(unpinned) else unpinned | mem.is_device_private_page(pfns)
+    return (mem.refcount[pfns] - mem.mapcount[pfns] <= 1) | mem.is_zone_device_page(pfns)
 
 
 def _restore(migrate: MigrateVma, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:
@@ -485,22 +483,21 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
     """
     mem, old, moved = migrate.mem, migrate.pfns, migrate.moved
     preempt("migrate_vma_finalize")
-    gone = moved
-    if every(moved):
-        new = migrate_pfn_to_pfn(migrate.dst[migrate.entries])
-    else:
-        lost = migrate.stayed[migrate.entries] == Stayed.LOST
-        poison_migration_ptes(mem, old[lost])
-        gone = moved | lost
-        new = np.where(moved, migrate_pfn_to_pfn(migrate.dst[migrate.entries]), old)
-    remove_migration_ptes(mem, old, new)
-    unlock_page(mem, old)
-    # Unlike Linux v4.20, a source page that nobody maps any more is freed at once, without the
+    landed = migrate_pfn_to_pfn(migrate.dst[migrate.entries[moved]])
+    left = old[moved]
+    if left.size < old.size:
+        _finalize_unmoved(migrate)
+    remove_migration_ptes(mem, left, landed)
+    unlock_page(mem, left)
+    unlock_page(mem, landed)
+    # Unlike Linux v4.20, a source page, which nobody maps any more, is freed at once, without the
     # detour over an LRU list.
-    kept = ~gone & ~mem.is_zone_device_page(old)
-    put_page(mem, old[~kept])
-    putback_lru_page(mem, old[kept])
-    _release_destinations(migrate)
+    put_page(mem, left)
+    system = ~mem.is_zone_device_page(landed)
+    putback_lru_page(mem, landed[system])
+    put_page(mem, landed[~system])
+    if migrate.holes.size or left.size < old.size:
+        _release_unused(migrate)
     if mm_migrate_vma_finalize:
         mm_migrate_vma_finalize(
             process=migrate.vma.vm_mm.name,
@@ -510,18 +507,29 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
         )
 
 
-def _release_destinations(migrate: MigrateVma) -> None:
-    """Unlock the pages of dst; a system page that moved in goes to the LRU."""
-    mem = migrate.mem
-    given = places(is_valid(migrate.dst))
-    new = migrate_pfn_to_pfn(migrate.dst[given])
-    unlock_page(mem, new)
-    system = ~mem.is_zone_device_page(new)
-    if some(system):
-        words = migrate.src[given]  # a hole that was filled is on its way to the LRU already
-        system &= is_migrating(words) & is_valid(words)
-    putback_lru_page(mem, new[system])
-    put_page(mem, new[~system])
+def _finalize_unmoved(migrate: MigrateVma) -> None:
+    """Map what did not move where it was; what the driver lost answers with SIGBUS."""
+    mem, unmoved = migrate.mem, ~migrate.moved
+    pfns = migrate.pfns[unmoved]
+    lost = migrate.stayed[migrate.entries[unmoved]] == Stayed.LOST
+    poison_migration_ptes(mem, pfns[lost])
+    remove_migration_ptes(mem, pfns[~lost], pfns[~lost])
+    unlock_page(mem, pfns)
+    to_lru = ~(lost | mem.is_zone_device_page(pfns))
+    putback_lru_page(mem, pfns[to_lru])
+    put_page(mem, pfns[~to_lru])
+
+
+def _release_unused(migrate: MigrateVma) -> None:
+    """Let go of the pages of dst that took no page's place: in filled holes, and for nothing.
+
+    A page that fills a hole is on its way to the LRU already, if it goes there.
+    """
+    unused = is_valid(migrate.dst)
+    unused[migrate.entries[migrate.moved]] = False
+    pfns = migrate_pfn_to_pfn(migrate.dst[unused])
+    unlock_page(migrate.mem, pfns)
+    put_page(migrate.mem, pfns)
 
 
 # all of it

@@ -19,7 +19,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Final, Protocol
 
 from mm.errors import Deadlock
@@ -76,7 +75,7 @@ class Locks:
     def __init__(self) -> None:
         self.atomic = threading.Lock()
         self._changed = threading.Condition(self.atomic)
-        self._waiting = 0
+        self.waiting = 0
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         """Sleep until *ready*(), which is asked again after each wake_up()."""
@@ -84,54 +83,50 @@ class Locks:
             _scheduler.wait(ready, what)
             return
         with self.atomic:
-            self._waiting += 1
+            self.waiting += 1
             try:
                 while not ready():
                     self._changed.wait()
             finally:
-                self._waiting -= 1
+                self.waiting -= 1
 
     def wake_up(self) -> None:
         """Let every waiter look again; called with `atomic` held. Linux: wake_up_all()."""
-        if self._waiting:
+        if self.waiting:
             self._changed.notify_all()
 
 
 class SpinLock:
     """A lock that one thread holds for a short while; `with lock:`. Linux: spinlock_t."""
 
-    __slots__ = ("holder", "locks", "name")
+    __slots__ = ("_lock", "holder", "locks", "name")
 
     def __init__(self, locks: Locks, name: str) -> None:
         self.locks = locks
         self.name = name
         self.holder = NOBODY
+        self._lock = threading.Lock()
 
     def _try(self) -> bool:
-        if self.holder == NOBODY:
-            self.holder = current()
-            return True
-        return False
+        return self._lock.acquire(blocking=False)
 
     def __enter__(self) -> None:
-        preempt(self.name)
-        with self.locks.atomic:
-            if self._try():
-                return
-        if self.holder == current():
-            raise Deadlock(f"{self.name} is taken again by the thread that holds it")
-        self.locks.wait_until(self._try, self.name)
+        if _scheduler is not None:
+            _scheduler.preempt(self.name)
+        if not self._lock.acquire(blocking=False):
+            if self.holder == current():
+                raise Deadlock(f"{self.name} is taken again by the thread that holds it")
+            self.locks.wait_until(self._try, self.name)
+        self.holder = current()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        with self.locks.atomic:
-            self.holder = NOBODY
-            self.locks.wake_up()
-        preempt(self.name)
+    def __exit__(self, *exc: object) -> None:
+        self.holder = NOBODY
+        self._lock.release()
+        if self.locks.waiting:
+            with self.locks.atomic:
+                self.locks.wake_up()
+        if _scheduler is not None:
+            _scheduler.preempt(self.name)
 
 
 class RwSemaphore:
@@ -141,21 +136,23 @@ class RwSemaphore:
     it serves; a reader that wants to write would wait for itself and gets a Deadlock.
     """
 
-    __slots__ = ("locks", "name", "readers", "writer")
+    __slots__ = ("_read", "_write", "locks", "name", "readers", "writer")
 
     def __init__(self, locks: Locks, name: str) -> None:
         self.locks = locks
         self.name = name
         self.readers: dict[int, int] = {}
         self.writer = NOBODY
+        self._read = _Held(self._down_read, self._up_read)
+        self._write = _Held(self._down_write, self._up_write)
 
     def read(self) -> _Held:
         """`with sem.read():`. Linux: down_read(), up_read()."""
-        return _Held(self._down_read, self._up_read)
+        return self._read
 
     def write(self) -> _Held:
         """`with sem.write():`. Linux: down_write(), up_write()."""
-        return _Held(self._down_write, self._up_write)
+        return self._write
 
     def held(self) -> bool:
         """True if the running thread has it, for read or write. Linux: lockdep_is_held()."""
@@ -221,10 +218,5 @@ class _Held:
     def __enter__(self) -> None:
         self.down()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.up()

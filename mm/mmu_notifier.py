@@ -6,11 +6,8 @@ owner are as in v5.9, where a driver learned to pass over the migrations that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mm.types import MmStruct
 
@@ -24,8 +21,7 @@ class MmuNotifyEvent(Enum):
     RELEASE = "release"  # the address space goes
 
 
-@dataclass(frozen=True, slots=True)
-class MmuNotifierRange:
+class MmuNotifierRange(NamedTuple):
     """What a notifier hears. Linux: struct mmu_notifier_range."""
 
     mm: MmStruct
@@ -58,26 +54,28 @@ def mmu_notifier_unregister(notifier: MmuNotifier, mm: MmStruct) -> None:
     mm.notifiers.remove(notifier)
 
 
-@contextmanager
-def mmu_notifier_range(
-    mm: MmStruct, start: int, end: int, event: MmuNotifyEvent, owner: object = None
-) -> Iterator[None]:
+class mmu_notifier_range:  # noqa: N801 - used as a function is: with mmu_notifier_range(...):
     """Invalidate [*start*, *end*) around the block.
 
     Linux: mmu_notifier_invalidate_range_start() and _end().
     """
-    if not mm.notifiers:
-        yield
-        return
-    invalid = MmuNotifierRange(mm, start, end, event, owner)
-    listeners = tuple(mm.notifiers)
-    for notifier in listeners:
-        notifier.invalidate_range_start(invalid)
-    try:
-        yield
-    finally:
-        for notifier in listeners:
-            notifier.invalidate_range_end(invalid)
+
+    __slots__ = ("invalid", "listeners")
+
+    def __init__(
+        self, mm: MmStruct, start: int, end: int, event: MmuNotifyEvent, owner: object = None
+    ) -> None:
+        self.invalid = MmuNotifierRange(mm, start, end, event, owner)
+        self.listeners: tuple[MmuNotifier, ...] = ()
+
+    def __enter__(self) -> None:
+        self.listeners = tuple(self.invalid.mm.notifiers)
+        for notifier in self.listeners:
+            notifier.invalidate_range_start(self.invalid)
+
+    def __exit__(self, *exc: object) -> None:
+        for notifier in self.listeners:
+            notifier.invalidate_range_end(self.invalid)
 
 
 def mmu_notifier_release(mm: MmStruct) -> None:

@@ -81,10 +81,9 @@ def _walk_pmd_table(
     pool: TablePool, pmd: int, origin: int, start: int, end: int, *, holes: bool
 ) -> Iterator[Run]:
     rows = pte_tables(pool, pmd, start, end)
-    there = rows != 0
-    follows = np.where(there[1:], rows[1:] == rows[:-1] + 1, True) & (there[1:] == there[:-1])
+    apart = rows[1:] != rows[:-1] + (rows[:-1] != 0)  # after no table: no table again
     base = start & ~(PMD_SIZE - 1)
-    for near in pieces(~follows, rows.size):
+    for near in pieces(apart, rows.size):
         lo = max(start, base + (near.start << PMD_SHIFT))
         hi = min(end, base + (near.stop << PMD_SHIFT))
         row = rows.item(near.start)

@@ -104,6 +104,8 @@ class TablePool:
         self.vmstat = vmstat
         self.fresh = 1  # rows from here on were never used
         self.free: Indices = np.empty(0, dtype=np.int64)  # sorted
+        # PMD tables found lately, by top table and GiB, as a processor caches them.
+        self.walk_cache: dict[tuple[int, int], int] = {}
 
     @property
     def in_use(self) -> int:
@@ -135,6 +137,7 @@ class TablePool:
         for row in rows.tolist():
             if some(self.row(row)):
                 raise KernelBug(f"page table {row:#x} is freed with entries in it")
+        self.walk_cache.clear()
         self.free = np.sort(np.concatenate((self.free, rows)))
         self.vmstat.add("nr_page_table_pages", -rows.size)
 
@@ -152,12 +155,16 @@ def pmd_offset(pool: TablePool, pgd: int, addr: int) -> int:
 
     Linux: pmd_offset() and the three levels above it, asm/pgtable.h.
     """
+    key = pgd, addr >> PUD_SHIFT
+    if key in pool.walk_cache:
+        return pool.walk_cache[key]
     row = pgd
     for shift in UPPER_SHIFTS:
         entry = pool.entries.item(row * PTRS_PER_PTE + _index(addr, shift))
         if not entry:
             return 0
         row = entry >> PAGE_SHIFT
+    pool.walk_cache[key] = row
     return row
 
 

@@ -146,7 +146,7 @@ def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
     with mem.locks.atomic:
         left = mem.mapcount[pfns] - _ONE
         mem.mapcount[pfns] = left
-    if left.min(initial=0) < 0:
+    if some(left < 0):
         raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
     mem.vmstat.add("nr_anon_pages", int(np.count_nonzero(left)) - pfns.size)
 
@@ -168,19 +168,21 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     A Mapping says where the page would be, not that it is there: ask page_vma_mapped_walk().
     Linux: rmap_walk_anon(), mm/rmap.c.
     """
-    mapping = mem.mapping[pfns]
-    index = mem.index[pfns]
-    for owner in distinct(mapping):
+    mapping, index = mem.mapping[pfns], mem.index[pfns]
+    owners = distinct(mapping)
+    for owner in owners:
         anon_vma = mem.anon_vmas.get(owner >> 2)
         if anon_vma is None:
             continue  # not mapped anywhere: file pages and pages of nobody
-        ours = mapping == owner
         with anon_vma.rwsem.read():
             for vma in tuple(anon_vma.vmas):
                 offset = index - vma.vm_pgoff
-                inside = places(ours & (offset >= 0) & (offset < vma_pages(vma)))
-                if inside.size:
-                    yield Mapping(vma, inside, vma.vm_start + (offset[inside] << PAGE_SHIFT))
+                inside = offset.view(np.uint64) < np.uint64(vma_pages(vma))  # negative is huge
+                if len(owners) > 1:
+                    inside &= mapping == owner
+                at = places(inside)
+                if at.size:
+                    yield Mapping(vma, at, vma.vm_start + (offset[at] << PAGE_SHIFT))
 
 
 def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:

@@ -60,12 +60,12 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
         raise KernelBug(f"put_page: no reference left on {', '.join(map(hex, wrong[:8].tolist()))}")
     if unused.size > 1 and some(unused[1:] <= unused[:-1]):
         unused = np.unique(unused)
-    if mem.is_zone_device_page(unused[-1:])[0]:
-        split = int(np.searchsorted(unused, mem.max_pfn))
-        free_zone_device_page(mem, unused[split:])
-        unused = unused[:split]
-    if unused.size:
-        _free_system_pages(mem, unused, cpu)
+    system = unused.size
+    if unused.item(-1) >= mem.max_pfn:
+        system = int(unused.searchsorted(mem.max_pfn))
+        free_zone_device_page(mem, unused[system:])
+    if system:
+        _free_system_pages(mem, unused[:system], cpu)
 
 
 def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:

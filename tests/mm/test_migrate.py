@@ -28,6 +28,7 @@ from mm.page_flags import (
     PG_unevictable,
     PG_uptodate,
 )
+from mm.swap import put_page
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 COPIED = [PG_referenced, PG_uptodate, PG_dirty, PG_active, PG_unevictable]
@@ -74,11 +75,12 @@ class TestMigratePageMoveMapping:
         """A ZONE_DEVICE page is alone at two references, as it is free at one."""
         world = mapped_range(pages=2)
         mem, pfns = world.machine.mem, world.gpu.zone.start_pfn + np.arange(3)
+        new = alloc_pages_bulk(mem, GFP_KERNEL, 0, 3)
         mem.refcount[pfns] += [0, 1, 2]
 
-        status = migrate_page_move_mapping(mem, world.pfns()[[0, 0, 0]] * 0, pfns)
+        status = migrate_page_move_mapping(mem, new, pfns)
         mem.refcount[pfns] = 1
-        mem.mapping[0] = mem.index[0] = mem.flags[0] = 0
+        put_page(mem, new)
 
         assert [-errno.EAGAIN, 0, -errno.EAGAIN] == status.tolist()
 

@@ -21,7 +21,7 @@ from mm.pgtable import (
     pte_offset,
     pte_pfn,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, places
 from mm.vmstat import VmStat
 
 SHIFTS = (PGDIR_SHIFT, P4D_SHIFT, PUD_SHIFT, PMD_SHIFT)  # of the tables below each level
@@ -101,7 +101,7 @@ class TestWalkPageRange:
 
         runs = walk_page_range(pool, pgd, 0, TOP, holes=False)
 
-        found = {a: e for r in runs for a, e in zip(r.addrs.tolist(), r.ptes.tolist()) if e}
+        found = {run.addrs.item(i): run.ptes.item(i) for run in runs for i in places(run.ptes)}
         assert entries == found
 
     @given(drawn=scenes)

@@ -127,7 +127,8 @@ def look(migrate: MigrateVma) -> State:
         word = page_table_word(mem, vma.vm_mm.pgd, addr)
         if word:
             state.entries[addr] = decode(word, mem.zero_pfn)
-    for pfn in np.flatnonzero(mem.refcount).tolist():
+    in_use = mem.refcount > (np.arange(mem.refcount.size) >= mem.max_pfn)
+    for pfn in np.flatnonzero(in_use).tolist():
         page = read_page(mem, pfn)
         if page.refcount > page.on_device:
             state.pages[pfn] = page
