@@ -33,7 +33,7 @@ from mm.pgtable import (
 from mm.process import Process
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
-from mm.types import MmStruct, Vma, VmFault
+from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
 from mm.uaccess import access_error, page_range
 from mm.vectors import every, pieces, places, some, stretches
@@ -215,7 +215,7 @@ class Driver(DeviceMemory):
                     self._check_faults(some[sel], faults)
 
     def _check_faults(self, addrs: Addresses, faults: NDArray[np.uint16]) -> None:
-        bad = places(faults & VmFault.ERROR)
+        bad = places(faults & VM_FAULT_ERROR)
         if bad.size:
             addr = addrs.item(bad[0])
             if faults[bad[0]] & VmFault.OOM:

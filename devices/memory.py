@@ -56,6 +56,13 @@ class Direction(Enum):
     EVICT = "evict"
 
 
+_SELECT: Final = {
+    Direction.TO_DEVICE: int(MigrateVmaSelect.SYSTEM),
+    Direction.TO_SYSTEM: int(MigrateVmaSelect.DEVICE_PRIVATE),
+    Direction.EVICT: int(MigrateVmaSelect.DEVICE_PRIVATE),
+}
+
+
 @dataclass
 class Stats:
     """What a device has done so far. Bytes are those that were copied: a hole costs none."""
@@ -88,13 +95,16 @@ class Moved:
     def add(self, migrate: MigrateVma) -> None:
         """Count one migrate_vma() call in."""
         migrated = migrate.cpages
+        self.migrated += migrated
+        self.collected += migrated
+        if migrated == migrate.npages:
+            return
         reasons = migrate.stayed if migrate.wanted is None else migrate.stayed[migrate.wanted]
         counts = np.bincount(reasons, minlength=len(Stayed))
         counts[Stayed.NO] = 0
         for reason in places(counts).tolist():
             self.stayed[Stayed(reason).name.lower()] += counts.item(reason)
-        self.migrated += migrated
-        self.collected += migrated + int(counts.sum()) - counts.item(Stayed.SKIPPED)
+        self.collected += int(counts.sum()) - counts.item(Stayed.SKIPPED)
 
 
 class DeviceMemory(ABC):
@@ -320,9 +330,7 @@ class DeviceMemory(ABC):
         wanted: Mask | None = None,
     ) -> None:
         """migrate_vma() over [*start*, *end*), in pieces that suit the cache."""
-        select = MigrateVmaSelect.SYSTEM
-        if direction is not Direction.TO_DEVICE:
-            select = MigrateVmaSelect.DEVICE_PRIVATE
+        select = _SELECT[direction]
         step = TRANSFER_PAGES << PAGE_SHIFT
         for piece in range(start, end, step):
             stop = min(piece + step, end)

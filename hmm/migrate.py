@@ -91,6 +91,11 @@ class MigrateVmaSelect(IntFlag):
     DEVICE_PRIVATE = 2
 
 
+# As plain ints, whose `&` is fifty times as fast.
+_SYSTEM, _DEVICE_PRIVATE = int(MigrateVmaSelect.SYSTEM), int(MigrateVmaSelect.DEVICE_PRIVATE)
+_EVERYTHING: Final = _SYSTEM | _DEVICE_PRIVATE
+
+
 class MigrateVmaOps(Protocol):
     """A driver's part of a migration. Linux: struct migrate_vma_ops, include/linux/migrate.h."""
 
@@ -134,7 +139,7 @@ class MigrateVma:
     end: int
     src: MigratePfns
     dst: MigratePfns
-    select: MigrateVmaSelect = MigrateVmaSelect.SYSTEM | MigrateVmaSelect.DEVICE_PRIVATE
+    select: int = _EVERYTHING
     pgmap_owner: object = None
     wanted: Mask | None = None
     stayed: NDArray[np.uint8] = field(init=False)  # a `Stayed` for each page
@@ -220,11 +225,11 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
         migrate.src[holes] = MIGRATE_PFN_MIGRATE
         migrate.stayed[holes] = Stayed.NO
         migrate.holes = joined([migrate.holes, holes])
-    if migrate.select & MigrateVmaSelect.SYSTEM:
+    if migrate.select & _SYSTEM:
         system = places(present & ~zero & wanted)
         if system.size:
             yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), NO_FLAGS)
-    if migrate.select & MigrateVmaSelect.DEVICE_PRIVATE:
+    if migrate.select & _DEVICE_PRIVATE:
         private = places(is_device_private_entry(ptes) & wanted)
         if private.size:
             pfns = swp_offset(ptes[private])
@@ -544,7 +549,7 @@ def migrate_vma(
     dst: MigratePfns,
     private: Any = None,
     *,
-    select: MigrateVmaSelect = MigrateVmaSelect.SYSTEM | MigrateVmaSelect.DEVICE_PRIVATE,
+    select: int = _EVERYTHING,
     pgmap_owner: object = None,
     wanted: Mask | None = None,
 ) -> MigrateVma:

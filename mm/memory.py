@@ -78,12 +78,14 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) ->
         page_fault_user(process=mm.name, addrs=addrs, write=write)
     at = pte_offset_alloc(mm, addrs)
     ptes = mm.mem.tables.entries[at]
-    faults = np.zeros(addrs.size, dtype=np.uint16)
 
     none = pte_none(ptes)
     if every(none):
         return do_anonymous_page(vma, addrs, at, write=write, cpu=cpu)
     present = pte_present(ptes)
+    if not some(none | present):
+        return do_swap_page(vma, addrs, ptes, write=write)
+    faults = np.zeros(addrs.size, dtype=np.uint16)
     away = ~none & ~present
     kept = present & ~pte_write(ptes) if write else np.zeros_like(none)
     if some(none):
@@ -232,11 +234,11 @@ def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faul
     Linux: do_swap_page(), mm/memory.c.
     """
     mem = vma.vm_mm.mem
-    faults = np.zeros(addrs.size, dtype=np.uint16)
-    moving = is_migration_entry(ptes)
     private = is_device_private_entry(ptes)
-    lost = is_hwpoison_entry(ptes)
-
+    if every(private):
+        return _device_private_entry_fault(vma, addrs, swp_offset(ptes), write=write)
+    faults = np.zeros(addrs.size, dtype=np.uint16)
+    moving, lost = is_migration_entry(ptes), is_hwpoison_entry(ptes)
     faults[lost] = VmFault.HWPOISON
     if some(private):
         pfns = swp_offset(ptes[private])

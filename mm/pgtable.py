@@ -224,7 +224,7 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     """
     blocks = addrs >> PMD_SHIFT
     within = (addrs >> PAGE_SHIFT) & (PTRS_PER_PTE - 1)
-    if addrs.size and every(blocks == blocks[0]):
+    if addrs.size == 1 or (addrs.size and every(blocks == blocks[0])):
         return within + _pte_table(pool, pgd, blocks.item(0)) * PTRS_PER_PTE
     near = pieces(blocks[1:] != blocks[:-1], blocks.size)
     if len(near) > _MANY_TABLES:  # they may come back to the same table again and again

@@ -146,7 +146,9 @@ class VmFault(IntFlag):
     HWPOISON = 0x0010
     SIGSEGV = 0x0040
     RETRY = 0x0400
-    ERROR = OOM | SIGBUS | HWPOISON | SIGSEGV
+
+
+VM_FAULT_ERROR: Final = int(VmFault.OOM | VmFault.SIGBUS | VmFault.HWPOISON | VmFault.SIGSEGV)
 
 
 class DevPagemap(Protocol):

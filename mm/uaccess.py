@@ -27,7 +27,7 @@ from mm.pgtable import (
     pte_offset,
     pte_pfn,
 )
-from mm.types import VM_EXEC, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
+from mm.types import VM_EXEC, VM_FAULT_ERROR, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns
 from mm.vectors import every, places
 
@@ -97,7 +97,7 @@ def _fault_in(
                 return addr, _segmentation_fault(mm, vma, addr, write=write)
             here = addrs[done : int(np.searchsorted(addrs, vma.vm_end))]
             faults = handle_mm_fault(vma, here, write=write, cpu=cpu)
-            failed = places(faults & VmFault.ERROR)
+            failed = places(faults & VM_FAULT_ERROR)
             if failed.size:
                 addr = here.item(failed[0])
                 return addr, _fault_error(mm, addr, VmFault(faults.item(failed[0])))

@@ -10,6 +10,7 @@ from mm import BusError, Machine, OutOfMemory, SegmentationFault, trace
 from mm.errors import KernelBug
 from mm.filemap import lock_page, unlock_page
 from mm.locking import preempt
+from mm.memparse import memparse
 from mm.memory import handle_mm_fault, zap_page_range
 from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_flags import PG_active, PG_lru, PG_uptodate
@@ -53,7 +54,7 @@ class TestFirstTouch:
     def test_write(self):
         """A store gets a frame of zeros, whatever the frame held before."""
         world = mapped_range(pages=3, filled=False)
-        world.machine.mem.payload[1:] = 0xCC
+        world.machine.mem.payload[world.machine.mem.zero_pfn + 1 :] = 0xCC
 
         with world.machine.vmstat.counting("pgfault", "nr_anon_pages", "nr_free_pages") as delta:
             world.process.write(world.at(1) - 1, b"ab")
@@ -73,11 +74,11 @@ class TestFirstTouch:
 
     @given(
         pages_written=st.sets(st.integers(0, 2047), max_size=12),
-        base=st.sampled_from([PMD_SIZE, PUD_SIZE, 512 * PUD_SIZE]),
+        border=st.sampled_from([9 * PMD_SIZE, PUD_SIZE, 512 * PUD_SIZE]),
     )
-    def test_anywhere(self, pages_written, base):
+    def test_anywhere(self, pages_written, border):
         """Pages far apart and near borders of tables each get a frame of their own."""
-        world = mapped_range(pages=2048, filled=False, addr=base - 1024 * PAGE_SIZE)
+        world = mapped_range(pages=2048, filled=False, addr=border - 1024 * PAGE_SIZE)
         for page in pages_written:
             world.process.write(world.at(page), bytes([page % 255 + 1]))
 
@@ -160,6 +161,7 @@ class TestPagesThatAreNotThere:
     def test_lost_page(self):
         """A poisoned entry answers with SIGBUS, before anything after it is touched."""
         world = mapped_range(pages=3, filled=False)
+        world.process.read(world.addr, 1)
         put_entries(world, [0, make_hwpoison_entry(pages(7))[0], 0])
 
         with pytest.raises(BusError) as error:
@@ -171,6 +173,7 @@ class TestPagesThatAreNotThere:
     def test_entry_of_no_kind(self):
         """There is no swap: an entry that says so is a bug, and the message shows it."""
         world = mapped_range(pages=1, filled=False)
+        world.process.read(world.addr, 1)
         put_entries(world, swp_entry(3, pages(5)))
 
         with pytest.raises(KernelBug, match=f"bad page table entry 0x.* at {world.addr:#x}"):
@@ -348,7 +351,7 @@ class TestZap:
 class TestRaces:
     """Threads that fault at once; every schedule of a few preemptions."""
 
-    def race(self, *functions):
+    def race(self, *functions, read_first=False):
         """What functions of (process, address of two pages) do together, in all schedules."""
         world = mapped_range(pages=1, filled=False)
         machine = world.machine
@@ -357,6 +360,8 @@ class TestRaces:
             free = machine.nr_free_pages
             process = machine.spawn("racer")
             addr = process.mmap(2 * PAGE_SIZE)
+            if read_first:
+                process.read(addr, 1)
             together(*(lambda f=f: f(process, addr) for f in functions))
             contents = process.read(addr, 2), process.mm.anon_rss
             outcomes.add(contents)
@@ -394,15 +399,13 @@ class TestRaces:
 
     def test_two_copies_of_the_zero_page(self):
         """Two stores after a load make one frame."""
+        outcomes = self.race(
+            lambda process, addr: process.write(addr, b"a"),
+            lambda process, addr: process.write(addr + 1, b"b"),
+            read_first=True,
+        )
 
-        def touch_and_write(at):
-            def write(process, addr):
-                process.read(addr, 1)
-                process.write(addr + at, b"ab"[at : at + 1])
-
-            return write
-
-        assert {(b"ab", 1)} == self.race(touch_and_write(0), touch_and_write(1))
+        assert {(b"ab", 1)} == outcomes
 
     def test_overlapping_ranges(self):
         """Ranges that share a page leave a frame for each page."""
@@ -445,27 +448,15 @@ class TestWithoutContents:
 class TestNodes:
     def test_memory_of_the_nearest_node(self):
         """A process gets pages of the node that its CPU belongs to."""
-        machine = Machine(("2MiB", "2MiB"), debug=True)
-        homes = []
-        for cpu in (0, 1):
-            with machine.spawn(cpu=cpu) as process:
-                process.touch(process.mmap("128KiB"), "128KiB")
-                busy = np.flatnonzero(machine.mem.mapcount)
-                homes.append(set(machine.mem.page_to_nid(busy).tolist()))
-            machine.verify()
+        machine = Machine(("2MiB", "2MiB"), debug=True, max_physmem="4MiB")
 
-        assert [{0}, {1}] == homes
+        assert [{0}, {1}] == [homes_of(machine, "128KiB", cpu) for cpu in (0, 1)]
 
     def test_other_node_when_the_nearest_is_full(self):
         """More than a node has comes from its neighbour."""
-        machine = Machine(("1MiB", "4MiB"), debug=True)
-        with machine.spawn(cpu=0) as process:
-            process.touch(process.mmap("2MiB"), "2MiB")
-            nids = machine.mem.page_to_nid(np.flatnonzero(machine.mem.mapcount))
+        machine = Machine(("1MiB", "4MiB"), debug=True, max_physmem="5MiB")
 
-            assert 512 == nids.size
-            assert {0, 1} == set(nids.tolist())
-            machine.verify()
+        assert {0, 1} == homes_of(machine, "2MiB", cpu=0)
 
     def test_owner_of_locks(self):
         """A page that somebody else has locked can still be read: the lock is for its owner."""
@@ -474,3 +465,13 @@ class TestNodes:
 
         assert [0, 1] == world.contents()
         assert SOMEBODY_ELSE == world.machine.mem.lock_owner[world.pfns()[1]]
+
+
+def homes_of(machine, nbytes, cpu):
+    """Nodes of the pages that a process on *cpu* gets for so much memory."""
+    with machine.spawn(cpu=cpu) as process:
+        process.touch(process.mmap(nbytes), nbytes)
+        machine.verify()
+        mapped = np.flatnonzero(machine.mem.mapcount)
+        assert mapped.size == memparse(nbytes) // PAGE_SIZE
+        return set(machine.mem.page_to_nid(mapped).tolist())

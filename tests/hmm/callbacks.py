@@ -1,0 +1,89 @@
+"""Callbacks of a driver that does what its device does, with something odd before or after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from devices.memory import Direction
+from hmm import MigrateVma, migrate_vma
+from hmm.migrate_pfn import MigratePfns
+from mm.types import Vma
+from tests.world import World
+
+Step = Callable[[MigratePfns, MigratePfns], object]
+
+
+def nothing(src: MigratePfns, dst: MigratePfns) -> None:
+    """What most drivers add to their callbacks."""
+
+
+@dataclass
+class Callbacks:
+    """Those of the device of *world*, in *direction*; each of the others gets (src, dst).
+
+    before, after: run around the device's alloc_and_copy(); mapping: in finalize_and_map(),
+    before the device's own. calls: the callbacks that were called, with their arguments.
+    """
+
+    world: World
+    before: Step = nothing
+    after: Step = nothing
+    mapping: Step = nothing
+    direction: Direction = Direction.TO_DEVICE
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def alloc_and_copy(
+        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
+    ) -> None:
+        self.calls.append(("alloc_and_copy", vma, start, end, private))
+        self.before(src, dst)
+        self.world.gpu.alloc_and_copy(vma, src, dst, start, end, self.direction)
+        self.after(src, dst)
+
+    def finalize_and_map(
+        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
+    ) -> None:
+        self.calls.append(("finalize_and_map", vma, start, end, private))
+        self.mapping(src, dst)
+        self.world.gpu.finalize_and_map(vma, src, dst, start, end, self.direction)
+
+    @property
+    def names(self) -> list[str]:
+        """The callbacks that were called, in order."""
+        return [call[0] for call in self.calls]
+
+
+def migrate(
+    world: World,
+    before: Step = nothing,
+    after: Step = nothing,
+    mapping: Step = nothing,
+    *,
+    back: bool = False,
+    **options: Any,
+) -> MigrateVma:
+    """migrate_vma() over the range of *world* to its device, or *back*, with odd callbacks."""
+    direction = Direction.TO_SYSTEM if back else Direction.TO_DEVICE
+    return migrate_with(Callbacks(world, before, after, mapping, direction), **options)
+
+
+def migrate_with(ops: Any, world: World | None = None, **options: Any) -> MigrateVma:
+    """migrate_vma() over the range of *world* with any *ops*; the driver names itself as owner."""
+    world = ops.world if world is None else world
+    src, dst = np.zeros((2, world.pages), dtype=np.uint64)
+    options = {"pgmap_owner": world.gpu.owner, "private": "private"} | options
+    start, end = world.addr, world.addr + world.nbytes
+    return migrate_vma(ops, world.vma, start, end, src, dst, **options)
+
+
+def raises(error: BaseException) -> Step:
+    """A step that fails with *error*."""
+
+    def fail(src: MigratePfns, dst: MigratePfns) -> None:
+        raise error
+
+    return fail
