@@ -78,7 +78,7 @@ from mm.swapops import is_device_private_entry, is_write_device_private_entry, s
 from mm.trace import TracePoint
 from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma, page_anon, vma_is_anonymous
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, pages
-from mm.vectors import distinct, every, has, joined, places, some
+from mm.vectors import distinct, every, has, joined, places, rows, some
 
 mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
@@ -255,7 +255,7 @@ def _collect_pages(
 ) -> _Collected:
     """Enter *pfns*, found at places *at* of the run, in src; unmap those that can be locked."""
     mem, ptes = migrate.mem, run.ptes
-    owned = mem.mapping[pfns] != 0
+    owned = mem.mapping[rows(pfns)] != 0
     if not every(owned):
         at, pfns = at[owned], pfns[owned]
     found = ptes[at]
@@ -333,7 +333,8 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
     A device-private page always passes: the CPU threads that wait for it hold references, and
     two of them would keep each other out for good. Linux: migrate_vma_check_page().
     """
-    return (mem.refcount[pfns] - mem.mapcount[pfns] <= 1) | mem.is_zone_device_page(pfns)
+    which = rows(pfns)
+    return (mem.refcount[which] - mem.mapcount[which] <= 1) | mem.is_zone_device_page(pfns)
 
 
 def _restore(migrate: MigrateVma, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:

@@ -11,7 +11,7 @@ from mm.locking import NOBODY, current, preempt
 from mm.page_flags import PG_locked
 from mm.types import MemMap
 from mm.typing import Mask, Pfns
-from mm.vectors import every, has, some
+from mm.vectors import every, has, rows
 
 
 def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -21,14 +21,10 @@ def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
     """
     preempt("trylock_page")
     with mem.locks.atomic:
-        flags = mem.flags[pfns]
-        unlocked = ~has(flags, PG_locked)
-        if every(unlocked):
-            mem.flags[pfns] = flags | PG_locked
-            mem.lock_owner[pfns] = current()
-        else:
-            mem.flags[pfns[unlocked]] |= PG_locked
-            mem.lock_owner[pfns[unlocked]] = current()
+        unlocked = ~has(mem.flags[rows(pfns)], PG_locked)
+        mine = rows(pfns if every(unlocked) else pfns[unlocked])
+        mem.flags[mine] |= PG_locked
+        mem.lock_owner[mine] = current()
     return unlocked
 
 
@@ -70,12 +66,12 @@ def unlock_page(mem: MemMap, pfns: Pfns) -> None:
     if not pfns.size:
         return
     with mem.locks.atomic:
-        flags = mem.flags[pfns]
-        unlocked = ~has(flags, PG_locked)
-        if some(unlocked):
-            wrong = pfns[unlocked]
+        mine = rows(pfns)
+        locked = has(mem.flags[mine], PG_locked)
+        if not every(locked):
+            wrong = pfns[~locked]
             raise KernelBug(f"unlock_page: not locked: {', '.join(map(hex, wrong[:8].tolist()))}")
-        mem.flags[pfns] = flags & ~PG_locked
-        mem.lock_owner[pfns] = NOBODY
+        mem.flags[mine] &= ~PG_locked
+        mem.lock_owner[mine] = NOBODY
         mem.locks.wake_up()
     preempt("unlock_page")

@@ -5,16 +5,13 @@ Linux: mm/gup.c.
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 
 from mm.swap import put_page
 from mm.types import MemMap, MmStruct
 from mm.typing import Pfns
 from mm.uaccess import access_pages, page_range
-
-_ONE: Final = np.int32(1)
+from mm.vectors import add_at
 
 
 class Pin:
@@ -55,7 +52,7 @@ def pin_user_pages(
     def hold(place: int, pfns: Pfns) -> None:
         pfns = pfns[pfns != mm.mem.zero_pfn]
         with mm.mem.locks.atomic:
-            np.add.at(mm.mem.refcount, pfns, _ONE)
+            add_at(mm.mem.refcount, pfns, 1)
         pin.pfns = np.concatenate((pin.pfns, pfns))
 
     try:

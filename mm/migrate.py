@@ -24,7 +24,7 @@ from mm.page_flags import (
 )
 from mm.types import MemMap
 from mm.typing import Pfns
-from mm.vectors import every
+from mm.vectors import every, rows
 
 # What moves with the page, and what the old page loses by it.
 _MOVED_FLAGS: Final = PG_referenced | PG_uptodate | PG_dirty | PG_active | PG_unevictable
@@ -40,8 +40,8 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.i
     preempt("migrate_page_move_mapping")
     with mem.locks.atomic:
         expected = 1 + mem.is_zone_device_page(old).view(np.int8)
-        alone = mem.refcount[old] == expected
-        moved_old, moved_new = (old, new) if every(alone) else (old[alone], new[alone])
+        alone = mem.refcount[rows(old)] == expected
+        moved_old, moved_new = rows(old[alone]), rows(new[alone])
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
         mem.flags[moved_new] |= mem.flags[moved_old] & PG_swapbacked
@@ -50,9 +50,9 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.i
 
 def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
     """Copy what is known about old[i] to new[i]. Linux: migrate_page_states(), mm/migrate.c."""
-    flags = mem.flags[old]
-    mem.flags[new] |= flags & _MOVED_FLAGS
-    mem.flags[old] = flags & ~_LOST_FLAGS
+    to, frm = rows(new), rows(old)
+    mem.flags[to] |= mem.flags[frm] & _MOVED_FLAGS
+    mem.flags[frm] &= ~_LOST_FLAGS
 
 
 def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:

@@ -47,7 +47,7 @@ _PAGE_TABLE: Final = _PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_ACCESSED | _P
 
 PTE_PFN_MASK: Final = np.uint64(((1 << 52) - 1) & ~(PAGE_SIZE - 1))
 _SHIFT: Final = np.uint64(PAGE_SHIFT)
-_MANY_TABLES: Final = 32
+_FEW_PAGES: Final = 8  # in a row from one table, on average: then look each table up once
 
 
 def pte_none(ptes: Ptes) -> Mask:
@@ -227,7 +227,7 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     if addrs.size == 1 or (addrs.size and every(blocks == blocks[0])):
         return within + _pte_table(pool, pgd, blocks.item(0)) * PTRS_PER_PTE
     near = pieces(blocks[1:] != blocks[:-1], blocks.size)
-    if len(near) > _MANY_TABLES:  # they may come back to the same table again and again
+    if len(near) * _FEW_PAGES > addrs.size:  # in disorder, and back to the same table often
         blocks, which = np.unique(blocks, return_inverse=True)
         tables = [_pte_table(pool, pgd, block) for block in blocks.tolist()]
         return within + (np.array(tables) * PTRS_PER_PTE)[which]

@@ -52,7 +52,7 @@ from mm.types import (
     vma_pages,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
-from mm.vectors import distinct, every, places, some, stretches
+from mm.vectors import add_at, distinct, every, places, rows, some, stretches
 
 _ONE: Final = np.int32(1)
 
@@ -136,16 +136,17 @@ def page_add_new_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses) -> None:
 def page_add_anon_rmap(mem: MemMap, pfns: Pfns) -> None:
     """One more mapping of each of *pfns*, which may repeat. Linux: page_add_anon_rmap()."""
     with mem.locks.atomic:
-        before = int(np.count_nonzero(mem.mapcount[pfns]))
-        np.add.at(mem.mapcount, pfns, _ONE)
+        before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
+        add_at(mem.mapcount, pfns, 1)
     mem.vmstat.add("nr_anon_pages", pfns.size - before)
 
 
 def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
     """One mapping less of each of *pfns* (distinct). Linux: page_remove_rmap(), mm/rmap.c."""
     with mem.locks.atomic:
-        left = mem.mapcount[pfns] - _ONE
-        mem.mapcount[pfns] = left
+        which = rows(pfns)
+        left = mem.mapcount[which] - _ONE
+        mem.mapcount[which] = left
     if some(left < 0):
         raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
     mem.vmstat.add("nr_anon_pages", int(np.count_nonzero(left)) - pfns.size)
@@ -168,7 +169,8 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     A Mapping says where the page would be, not that it is there: ask page_vma_mapped_walk().
     Linux: rmap_walk_anon(), mm/rmap.c.
     """
-    mapping, index = mem.mapping[pfns], mem.index[pfns]
+    which = rows(pfns)
+    mapping, index = mem.mapping[which], mem.index[which]
     owners = distinct(mapping)
     for owner in owners:
         anon_vma = mem.anon_vmas.get(owner >> 2)

@@ -22,9 +22,8 @@ from mm.page_alloc import free_pages_bulk
 from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, Ptes
-from mm.vectors import distinct, every, has, places, some
+from mm.vectors import add_at, distinct, every, has, places, rows, some
 
-_ONE: Final = np.int32(1)
 _LRU_KIND: Final = PG_swapbacked | PG_active | PG_unevictable
 _SWAPBACKED, _ACTIVE, _UNEVICTABLE = int(PG_swapbacked), int(PG_active), int(PG_unevictable)
 _NID_SHIFT: Final = np.uint64(32)
@@ -35,7 +34,7 @@ def get_page(mem: MemMap, pfns: Pfns) -> None:
     """One more reference to each of *pfns*, which may repeat. Linux: get_page()."""
     if pfns.size:
         with mem.locks.atomic:
-            np.add.at(mem.refcount, pfns, _ONE)
+            add_at(mem.refcount, pfns, 1)
 
 
 def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
@@ -48,8 +47,8 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     if not pfns.size:
         return
     with mem.locks.atomic:
-        np.subtract.at(mem.refcount, pfns, _ONE)
-        left = mem.refcount[pfns]
+        add_at(mem.refcount, pfns, -1)
+        left = mem.refcount[rows(pfns)]
     free_at = mem.is_zone_device_page(pfns)
     last = left <= free_at
     if not some(last):
@@ -188,7 +187,7 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
         flags = mem.flags[pfns]
         isolated = has(flags, PG_lru)
         taken = pfns if every(isolated) else pfns[isolated]
-        mem.flags[taken] &= ~PG_lru
+        mem.flags[rows(taken)] &= ~PG_lru
     get_page(mem, taken)
     _del_from_lru(mem, taken, flags[isolated])
     return isolated

@@ -42,6 +42,28 @@ def distinct(values: NDArray[Any]) -> list[int]:
     return np.unique(values).tolist()
 
 
+def rows(numbers: Indices) -> slice | Indices:
+    """What selects *numbers* from a column: a slice where they ascend without gaps.
+
+    NumPy moves a slice several times as fast as single elements. What it selects may be a view:
+    whoever reads a column by it and then writes the column must be done with what was read.
+    """
+    if numbers.size:
+        first, last = numbers.item(0), numbers.item(-1)
+        if last - first == numbers.size - 1 and every(numbers[1:] > numbers[:-1]):
+            return slice(first, last + 1)
+    return numbers
+
+
+def add_at(column: NDArray[np.int32], numbers: Indices, amount: int) -> None:
+    """Add *amount* to column[n] for each of *numbers*; one that repeats counts as often."""
+    which = rows(numbers)
+    if isinstance(which, slice):
+        column[which] += np.int32(amount)
+    else:
+        np.add.at(column, which, np.int32(amount))
+
+
 def joined(vectors: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     """One after the other, without a copy where only one has elements."""
     full = [vector for vector in vectors if vector.size]
