@@ -130,8 +130,8 @@ class DeviceMemory(ABC):
             raise InvalidArgument(f"{name}: memory={memory!r} is less than a page of {PAGE_SIZE}")
         self.chunk_pages = _chunk_pages(name, chunk, self.npages)
         self.neighbour_pages = max(1, memparse(neighbours) >> PAGE_SHIFT)
-        self.chunks = Chunks(self.npages, self.chunk_pages)
         self.zone = devm_memremap_pages(self.mem, self, self.npages)
+        self.chunks = Chunks(self.npages, self.chunk_pages)
         self.tables: dict[MmStruct, DevicePageTable] = {}
         self.stats = Stats()
 

@@ -15,7 +15,7 @@ import numpy as np
 from mm.mmzone import MAX_ORDER, Zone
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, pages
-from mm.vectors import stretches
+from mm.vectors import nr_pieces, pieces
 
 _LONG_RUN: Final = 8  # mean length from which freeing run by run is faster
 _SLACK: Final = 32  # stale items that a look at a stack may meet before it has to look again
@@ -58,11 +58,11 @@ def rmqueue_smallest(mem: MemMap, zone: Zone, count: int) -> int:
 
 def free_pages_sorted(mem: MemMap, zone: Zone, pfns: Pfns) -> None:
     """Free single pages (ascending): run by run where runs are long, else as a vector."""
-    runs = stretches(pfns)
-    if _LONG_RUN * len(runs) > pfns.size:
+    breaks = pfns[1:] != pfns[:-1] + 1
+    if _LONG_RUN * nr_pieces(breaks) > pfns.size:
         free_one_page(mem, zone, pfns, 0)
         return
-    for run in runs:
+    for run in pieces(breaks, pfns.size):
         free_range(mem, zone, pfns.item(run.start), pfns.item(run.stop - 1) + 1)
 
 

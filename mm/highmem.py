@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Payload, Pfns
-from mm.vectors import pieces, some, stretches
+from mm.vectors import nr_pieces, pieces, some, stretches
 
 _BLOCK: Final = 128  # rows of a staging copy: 512 KiB, what a core's cache holds
 _WORTH_SLICING: Final = 4  # mean rows per stretch from which slices beat gathering
@@ -25,9 +25,9 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
     """
     if not to.size:
         return
-    runs = pieces(_breaks(to) | _breaks(frm), to.size)
-    if to.size >= _WORTH_SLICING * len(runs):
-        for run in runs:
+    breaks = _breaks(to) | _breaks(frm)
+    if to.size >= _WORTH_SLICING * nr_pieces(breaks):
+        for run in pieces(breaks, to.size):
             a, b, count = to.item(run.start), frm.item(run.start), run.stop - run.start
             dst[a : a + count] = src[b : b + count]
         return

@@ -35,7 +35,7 @@ from mm.page_flags import NO_FLAGS, PAGE_FLAGS_CHECK_AT_FREE, describe_flags
 from mm.trace import TracePoint
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, pages
-from mm.vectors import stretches
+from mm.vectors import nr_pieces, pieces
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
@@ -328,11 +328,11 @@ def fill_pages(mem: MemMap, pfns: Pfns, byte: int) -> None:
     """Fill the contents of *pfns* (ascending) with *byte*. Linux: clear_highpage() and the like."""
     if mem.payload is None:
         return
-    runs = stretches(pfns)
-    if len(runs) * 4 > pfns.size:  # they are so short that a slice for each costs more
+    breaks = pfns[1:] != pfns[:-1] + 1
+    if nr_pieces(breaks) * 4 > pfns.size:  # so short that a slice for each costs more
         mem.payload[pfns] = byte
         return
-    for run in runs:
+    for run in pieces(breaks, pfns.size):
         mem.payload[pfns.item(run.start) : pfns.item(run.stop - 1) + 1] = byte
 
 

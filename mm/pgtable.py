@@ -21,7 +21,7 @@ import numpy as np
 from mm.errors import KernelBug, OutOfMemory
 from mm.page_flags import BIT
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
-from mm.vectors import every, has, pieces, places, some
+from mm.vectors import every, has, nr_pieces, pieces, places, some
 from mm.vmstat import VmStat
 
 PTRS_PER_PTE: Final = 512
@@ -224,14 +224,16 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     """
     blocks = addrs >> PMD_SHIFT
     within = (addrs >> PAGE_SHIFT) & (PTRS_PER_PTE - 1)
-    if addrs.size == 1 or (addrs.size and every(blocks == blocks[0])):
+    if not addrs.size:
+        return within
+    if addrs.size == 1 or every(blocks == blocks[0]):
         return within + _pte_table(pool, pgd, blocks.item(0)) * PTRS_PER_PTE
-    near = pieces(blocks[1:] != blocks[:-1], blocks.size)
-    if len(near) * _FEW_PAGES > addrs.size:  # in disorder, and back to the same table often
+    breaks = blocks[1:] != blocks[:-1]
+    if nr_pieces(breaks) * _FEW_PAGES > addrs.size:  # in disorder, and back to the same table often
         blocks, which = np.unique(blocks, return_inverse=True)
         tables = [_pte_table(pool, pgd, block) for block in blocks.tolist()]
         return within + (np.array(tables) * PTRS_PER_PTE)[which]
-    for piece in near:
+    for piece in pieces(breaks, blocks.size):
         within[piece] += _pte_table(pool, pgd, blocks.item(piece.start)) * PTRS_PER_PTE
     return within
 

@@ -58,7 +58,9 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
         wrong = pfns[left < free_at]
         raise KernelBug(f"put_page: no reference left on {', '.join(map(hex, wrong[:8].tolist()))}")
     if unused.size > 1 and some(unused[1:] <= unused[:-1]):
-        unused = np.unique(unused)
+        unused = np.sort(unused)
+        if some(unused[1:] == unused[:-1]):
+            unused = np.unique(unused)
     system = unused.size
     if unused.item(-1) >= mem.max_pfn:
         system = int(unused.searchsorted(mem.max_pfn))

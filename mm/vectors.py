@@ -80,6 +80,11 @@ def pieces(breaks: Mask, size: int) -> list[slice]:
     return [slice(first, last) for first, last in pairwise(bounds)]
 
 
+def nr_pieces(breaks: Mask) -> int:
+    """How many pieces() there would be, where there are any elements."""
+    return int(np.count_nonzero(breaks)) + 1
+
+
 def stretches(numbers: NDArray[np.int64], step: int = 1) -> list[slice]:
     """*numbers* as slices in which each is *step* above the one before."""
     return pieces(numbers[1:] != numbers[:-1] + step, numbers.size)

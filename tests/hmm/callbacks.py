@@ -10,7 +10,9 @@ import numpy as np
 
 from devices.memory import Direction
 from hmm import MigrateVma, migrate_vma
-from hmm.migrate_pfn import MigratePfns
+from hmm.migrate_pfn import MigratePfns, migrate_pfn_to_pfn
+from mm.filemap import unlock_page
+from mm.swap import put_page
 from mm.types import Vma
 from tests.world import World
 
@@ -87,3 +89,16 @@ def raises(error: BaseException) -> Step:
         raise error
 
     return fail
+
+
+def instead(world: World, answers: dict[int, int]) -> Step:
+    """A step after the device's own: give these destinations back, and answer so instead."""
+
+    def answer(src: MigratePfns, dst: MigratePfns) -> None:
+        for i, word in answers.items():
+            pfn = migrate_pfn_to_pfn(dst[i : i + 1])
+            unlock_page(world.machine.mem, pfn)
+            put_page(world.machine.mem, pfn)
+            dst[i] = word
+
+    return answer

@@ -1,19 +1,485 @@
-from tests.world import mapped_range
+"""migrate_vma() by scenario: what moves, what stays and why, and that no byte is ever lost."""
+
+import errno
+
+import numpy as np
+import pytest
+
+from devices import NumpyDevice
+from devices.memory import Direction
+from hmm import (
+    MIGRATE_PFN_DEVICE,
+    MIGRATE_PFN_ERROR,
+    MIGRATE_PFN_LOCKED,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
+    MIGRATE_PFN_WRITE,
+    MigrateVma,
+    MigrateVmaSelect,
+    Stayed,
+    migrate_pfn,
+    migrate_vma,
+    migrate_vma_finalize,
+    migrate_vma_pages,
+    migrate_vma_setup,
+)
+from hmm.migrate import migrate_vma_collect, migrate_vma_prepare, migrate_vma_unmap
+from mm import (
+    PAGE_SIZE,
+    BusError,
+    Deadlock,
+    InvalidArgument,
+    InvalidRange,
+    SegmentationFault,
+)
+from mm.filemap import unlock_page
+from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_register
+from mm.page_alloc import alloc_pages_bulk
+from mm.page_flags import PG_active, PG_dirty, PG_locked
+from mm.swap import put_page
+from mm.types import VM_DONTEXPAND, VM_HUGETLB, VM_IO, VM_MIXEDMAP, VM_PFNMAP, VM_WRITE
+from tests.hmm.callbacks import Callbacks, instead, migrate, migrate_with, raises
+from tests.reference.state import Entry, decode, page_table_word
+from tests.world import SOMEBODY_ELSE, mapped_range
+
+ALL_KINDS = 6  # pages of mixed_range()
 
 
-class TestMigrateVma:
-    def test_pinned_page_in_the_middle_stays(self):
-        """A pinned page stays in system memory; its neighbours migrate."""
+def entries(world) -> list[Entry]:
+    """The decoded page-table entry of each page of the range."""
+    mem = world.machine.mem
+    words = [page_table_word(mem, world.process.mm.pgd, addr) for addr in world.addrs.tolist()]
+    return [decode(word, mem.zero_pfn) if word else Entry("none") for word in words]
+
+
+def mapped(world) -> list[tuple[str, int, bool]]:
+    """What each entry of the range is, which page it names, and whether stores may use it."""
+    return [(entry.kind, entry.pfn, entry.write) for entry in entries(world)]
+
+
+def kinds(world) -> list[str]:
+    return [entry.kind for entry in entries(world)]
+
+
+def reasons(result: MigrateVma) -> list[str]:
+    return [Stayed(reason).name for reason in result.stayed.tolist()]
+
+
+def mixed_range():
+    """Pages 0 to 5: a hole, the zero page, touched, touched read-only, device page, touched."""
+    world = mapped_range(pages=ALL_KINDS)
+    world.process.munmap(world.addr, world.nbytes)
+    world.process.mmap(world.nbytes, addr=world.addr)
+    world.process.touch(world.at(1), PAGE_SIZE, write=False)
+    for page in (2, 3, 4, 5):
+        world.process.write(world.at(page), bytes([page]) * PAGE_SIZE)
+    world.write_protect(3)
+    world.gpu.to_device(world.process, world.at(4), PAGE_SIZE)
+    return world
+
+
+MIXED_CONTENTS = [0, 0, 2, 3, 4, 5]
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("start", "end"),
+        [(-1, 3), (2, 6), (-2, -1), (5, 6), (-1, 6), (0, 1 << 52), (0, 1 << 70), (-(1 << 60), 3)],
+    )
+    def test_range_outside_its_vma(self, start, end):
+        """A range that leaves its VMA, however far, is refused with both ranges in hex."""
         world = mapped_range(pages=5)
-        world.pin(page=2)
+        src, dst = np.zeros((2, 5), dtype=np.uint64)
+        ops = Callbacks(world)
 
-        result = world.gpu.to_device(world.process, world.addr, world.nbytes)
+        with pytest.raises(InvalidRange, match=f"{world.at(end):#x}.*{world.vma.vm_start:#x}"):
+            migrate_vma(ops, world.vma, world.at(start), world.at(end), src, dst)
 
-        assert [True, True, False, True, True] == world.on_device()
-        assert {"pinned": 1} == result.stayed
-        assert world.contents()==[0,1,2,3,4]
-    def test_locked(self):
+        assert [] == ops.calls
+
+    @pytest.mark.parametrize(("start", "end"), [(0, 0), (4, 4), (3, 1), (5, 0)])
+    def test_empty_or_inverted_range(self, start, end):
+        """A range without a page is refused."""
         world = mapped_range(pages=5)
-        world.lock(1)
-        r=world.gpu.to_device(world.process, world.addr, world.nbytes)
-        assert {"locked":1}==r.stayed
+        src, dst = np.zeros((2, 5), dtype=np.uint64)
+
+        with pytest.raises(InvalidRange, match=f"{world.at(start):#x}, {world.at(end):#x}"):
+            migrate_vma(Callbacks(world), world.vma, world.at(start), world.at(end), src, dst)
+
+    def test_range_of_less_than_a_page(self):
+        """Both ends are rounded down, so that a piece of one page is an empty range."""
+        world = mapped_range(pages=5)
+        src, dst = np.zeros((2, 1), dtype=np.uint64)
+
+        with pytest.raises(InvalidRange):
+            migrate_vma(Callbacks(world), world.vma, world.addr + 8, world.addr + 100, src, dst)
+
+    def test_unaligned_range_is_rounded_down(self):
+        """[start, end) loses what is below a page at both ends, as in v4.20."""
+        world = mapped_range(pages=5)
+        src, dst = np.zeros((2, 2), dtype=np.uint64)
+
+        migrate_vma(Callbacks(world), world.vma, world.at(1) + 9, world.at(3) + 4095, src, dst)
+
+        assert [False, True, True, False, False] == world.on_device()
+        assert [0, 1, 2, 3, 4] == world.contents()
+
+    @pytest.mark.parametrize("name", ["src", "dst"])
+    @pytest.mark.parametrize(
+        "vector",
+        [
+            np.zeros(4, dtype=np.uint64),
+            np.zeros(6, dtype=np.uint64),
+            np.zeros((5, 1), dtype=np.uint64),
+            np.zeros(5, dtype=np.int64),
+            np.zeros(5, dtype=np.uint32),
+            [0] * 5,
+            None,
+        ],
+    )
+    def test_vector_that_does_not_fit(self, name, vector):
+        """src and dst are uint64 vectors of one word for each page, and nothing else."""
+        world = mapped_range(pages=5)
+        vectors = {"src": np.zeros(5, np.uint64), "dst": np.zeros(5, np.uint64)} | {name: vector}
+
+        with pytest.raises(InvalidArgument, match=rf"{name} must be .*uint64\[5\], got"):
+            migrate_vma(
+                Callbacks(world), world.vma, world.addr, world.addr + world.nbytes, **vectors
+            )
+
+    def test_one_vector_for_both(self):
+        """src and dst may not share memory: what the driver answers would be the question."""
+        world = mapped_range(pages=5)
+        words = np.zeros(5, dtype=np.uint64)
+
+        with pytest.raises(InvalidArgument, match="src"):
+            migrate_vma(
+                Callbacks(world), world.vma, world.addr, world.addr + world.nbytes, words, words
+            )
+
+        assert [0, 1, 2, 3, 4] == world.contents()
+
+    @pytest.mark.parametrize("wanted", [np.ones(4, np.bool_), np.ones(5, np.uint8), [True] * 5])
+    def test_wanted_that_does_not_fit(self, wanted):
+        """`wanted` is one truth value for each page."""
+        world = mapped_range(pages=5)
+
+        with pytest.raises(InvalidArgument, match=r"wanted must be .*bool\[5\], got"):
+            migrate(world, wanted=wanted)
+
+    @pytest.mark.parametrize("flag", [VM_IO, VM_DONTEXPAND, VM_PFNMAP, VM_MIXEDMAP, VM_HUGETLB])
+    def test_special_vma(self, flag):
+        """Memory that is a driver's own, or hugetlb, never migrates."""
+        world = mapped_range(pages=5)
+        world.vma.vm_flags |= flag
+
+        with pytest.raises(InvalidArgument, match="VM_SPECIAL") as caught:
+            migrate(world)
+
+        assert errno.EINVAL == caught.value.errno
+
+    def test_refused_call_changes_nothing(self):
+        """A wrong call leaves vectors, entries and counters as they are."""
+        world = mapped_range(pages=5)
+        src, dst = np.full((2, 5), 7, dtype=np.uint64)
+        before = mapped(world)
+
+        with world.machine.vmstat.counting() as delta, pytest.raises(InvalidRange):
+            migrate_vma(Callbacks(world), world.vma, world.addr, world.at(6), src, dst)
+
+        assert {} == delta
+        assert ([7] * 5, [7] * 5, before) == (src.tolist(), dst.tolist(), mapped(world))
+
+    def test_stages_want_the_lock(self):
+        """Who runs the stages by hand must hold mmap_sem all the while."""
+        world = mapped_range(pages=5)
+        src, dst = np.zeros((2, 5), dtype=np.uint64)
+
+        with pytest.raises(InvalidArgument, match="mmap_sem"):
+            migrate_vma_setup(MigrateVma(world.vma, world.addr, world.at(5), src, dst))
+
+
+class TestCallbacks:
+    def test_they_are_called_in_order(self):
+        """First alloc_and_copy(), then finalize_and_map(), with the same arguments."""
+        world = mapped_range(pages=5)
+        ops = Callbacks(world)
+
+        migrate_with(ops, private="mine")
+
+        arguments = (world.vma, world.addr, world.at(5), "mine")
+        assert [("alloc_and_copy", *arguments), ("finalize_and_map", *arguments)] == ops.calls
+
+    def test_nothing_can_move(self):
+        """No callback is called for a range where every page is pinned."""
+        world = mapped_range(pages=3)
+        for page in range(3):
+            world.pin(page)
+        ops = Callbacks(world)
+
+        result = migrate_with(ops)
+
+        assert ([], 0) == (ops.calls, result.cpages)
+        assert ["PINNED"] * 3 == reasons(result)
+
+    def test_nothing_is_collected(self):
+        """No callback is called where no page is of the kind that was selected."""
+        world = mapped_range(pages=3)
+        ops = Callbacks(world)
+
+        result = migrate_with(ops, select=MigrateVmaSelect.DEVICE_PRIVATE)
+
+        assert ([], 0) == (ops.calls, result.cpages)
+        assert ["SKIPPED"] * 3 == reasons(result)
+
+    def test_driver_sees_what_stands_behind_each_page(self):
+        """src tells holes, system and device pages apart, and where the process may store."""
+        world = mixed_range()
+        pfns = world.pfns()
+        seen = []
+
+        migrate(world, before=lambda src, dst: seen.extend(src.tolist()), pgmap_owner=None)
+
+        hole = int(MIGRATE_PFN_MIGRATE)
+        page = int(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED)
+        write, device = int(MIGRATE_PFN_WRITE), int(MIGRATE_PFN_DEVICE)
+        flags = [page | write, page, page | write | device, page | write]
+        words = [pfn << 6 | bits for pfn, bits in zip(pfns[2:].tolist(), flags, strict=True)]
+        assert [hole, hole, *words] == seen
+        assert MIXED_CONTENTS == world.contents()
+
+    def test_pages_are_locked_and_unmapped_while_it_copies(self):
+        """During alloc_and_copy() nobody can reach the pages: each waits behind its lock."""
+        world = mapped_range(pages=3)
+        mem, pfns, seen = world.machine.mem, world.pfns(), []
+
+        def look(src, dst):
+            seen.append((kinds(world), (mem.flags[pfns] & PG_locked != 0).all()))
+            seen.append(mem.mapcount[pfns].tolist())
+
+        migrate(world, before=look)
+
+        assert [(["migration"] * 3, True), [0, 0, 0]] == seen
+
+    def test_finalize_and_map_sees_what_moved(self):
+        """MIGRATE is still set exactly where dst has taken over; both pages are locked."""
+        world = mapped_range(pages=3)
+        mem, seen = world.machine.mem, []
+
+        def look(src, dst):
+            pages = np.concatenate((src[[0, 2]], dst[[0, 2]])) >> np.uint64(6)
+            seen.append((src & MIGRATE_PFN_MIGRATE != 0).tolist())
+            seen.append((mem.flags[pages.astype(np.int64)] & PG_locked != 0).all())
+
+        migrate(world, after=instead(world, {1: 0}), mapping=look)
+
+        assert [[True, False, True], True] == seen
+
+    def test_driver_need_not_take_everything(self):
+        """A page without a destination stays where it is, the others go."""
+        world = mapped_range(pages=5)
+
+        result = migrate(world, after=instead(world, {1: 0, 4: 0}))
+
+        assert [True, False, True, True, False] == world.on_device()
+        assert ["NO", "NOT_CHOSEN", "NO", "NO", "NOT_CHOSEN"] == reasons(result)
+        assert [0, -errno.ENOMEM, 0, 0, -errno.ENOMEM] == result.status.tolist()
+        assert [0, 1, 2, 3, 4] == world.contents()
+
+    def test_destination_for_a_page_that_cannot_move(self):
+        """A destination that nobody asked for is given back to the driver."""
+        world = mapped_range(pages=3)
+        world.pin(1)
+
+        def offer(src, dst):
+            page = world.gpu.allocate(1)
+            world.gpu.chunks.take(page)
+            world.gpu._hand_over(dst, np.array([1]), world.gpu.zone.start_pfn + page)
+
+        result = migrate(world, after=offer)
+
+        assert [True, False, True] == world.on_device()
+        assert 2 == result.cpages
+        assert world.gpu.npages - 2 == world.gpu.chunks.free_pages
+
+
+class TestHoles:
+    @pytest.mark.parametrize("access", ["none", "read"])
+    @pytest.mark.parametrize("prot", ["r", "rw", "rx", "-"])
+    def test_hole_or_zero_page_is_filled(self, prot, access):
+        """A page that was never written gets device memory, writable exactly if its VMA is."""
+        world = mapped_range(pages=3, filled=False, prot=prot)
+        if access == "read" and prot != "-":
+            world.process.touch(world.addr, world.nbytes, write=False)
+
+        with world.machine.vmstat.counting("nr_anon_pages") as delta:
+            result = migrate(world)
+
+        assert 3 == result.cpages
+        assert [("device", prot == "rw")] * 3 == [(e.kind, e.write) for e in entries(world)]
+        assert ({"nr_anon_pages": 3}, 3) == (delta, world.process.mm.anon_rss)
+
+    @pytest.mark.parametrize("prot", ["r", "rw"])
+    def test_filled_hole_reads_as_zeros(self, prot):
+        """The CPU finds zeros where the device filled a hole, and with the same rights."""
+        world = mapped_range(pages=3, filled=False, prot=prot)
+
+        migrate(world)
+
+        assert bytes(world.nbytes) == world.process.read(world.addr, world.nbytes)
+        assert [("present", prot == "rw")] * 3 == [(e.kind, e.write) for e in entries(world)]
+
+    def test_hole_that_the_driver_leaves(self):
+        """A hole without a destination is a hole afterwards."""
+        world = mapped_range(pages=3, filled=False)
+
+        result = migrate(world, after=instead(world, {0: 0, 1: int(MIGRATE_PFN_ERROR)}))
+
+        assert ["none", "none", "device"] == kinds(world)
+        assert ["NOT_CHOSEN", "NOT_CHOSEN", "NO"] == reasons(result)
+        assert [0, 0, 0] == world.contents()
+
+    def test_cpu_stores_to_a_hole_meanwhile(self):
+        """The CPU was first: its page stays, and what the driver prepared is given back."""
+        world = mapped_range(pages=3, filled=False)
+
+        result = migrate(world, before=lambda src, dst: world.process.write(world.at(1), b"\x07"))
+
+        assert ["NO", "RACED", "NO"] == reasons(result)
+        assert [0, -errno.EEXIST, 0] == result.status.tolist()
+        assert [0, 7, 0] == world.contents()
+        assert world.gpu.npages == world.gpu.chunks.free_pages
+
+    def test_cpu_loads_from_a_hole_meanwhile(self):
+        """The zero page is no obstacle: the device's page takes its place."""
+        world = mapped_range(pages=3, filled=False)
+
+        result = migrate(world, after=lambda src, dst: world.process.read(world.at(1), 1))
+
+        assert (3, [True] * 3) == (result.cpages, world.on_device())
+
+    def test_filled_from_system_memory_and_device_at_once(self):
+        """Each hole gets the kind of page that the driver chose for it."""
+        world = mapped_range(pages=4, filled=False)
+        mem = world.machine.mem
+
+        def half(src, dst):
+            instead(world, {1: 0, 2: 0})(src, dst)
+            frames = alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE, 0, 2)
+            mem.payload[frames] = 9
+            world.gpu._hand_over(dst, np.array([1, 2]), frames, referenced=True)
+
+        migrate(world, after=half, pgmap_owner=None)
+
+        assert ["device", "present", "present", "device"] == kinds(world)
+        assert [0, 9, 9, 0] == world.contents()
+
+    def test_huge_range_with_a_few_pages(self):
+        """A gigabyte of holes around three pages: the device takes what fits, from the start."""
+        world = mapped_range(pages=1 << 18, filled=False)
+        for page in (0, 1_000, 200_000):
+            world.process.write(world.at(page), bytes([page % 251]) * PAGE_SIZE)
+
+        result = migrate(world)
+
+        assert 1_024 == result.cpages == np.count_nonzero(world.on_device())
+        assert [0, 1_000 % 251] == [world.process.read(world.at(p), 1)[0] for p in (0, 1_000)]
+        assert 200_000 % 251 == world.process.read(world.at(200_000), 1)[0]
+        assert "NOT_CHOSEN" == Stayed(result.stayed[-1]).name
+
+    def test_wanted_pages_of_a_huge_range(self):
+        """Of scattered pages only those that were asked for are looked at."""
+        world = mapped_range(pages=1 << 18, filled=False)
+        wanted = np.zeros(world.pages, dtype=np.bool_)
+        wanted[[5, 600, 70_000, 262_143]] = True
+        world.process.write(world.at(600), b"x")
+
+        result = migrate(world, wanted=wanted)
+
+        assert [5, 600, 70_000, 262_143] == np.flatnonzero(world.on_device()).tolist()
+        assert b"x" == world.process.read(world.at(600), 1)
+        assert {"NO", "SKIPPED"} == {Stayed(reason).name for reason in set(result.stayed.tolist())}
+
+    def test_no_page_table_is_left(self):
+        """Holes that would need a table stay where none can be had; the pages move."""
+        world = mapped_range(pages=1_024, filled=False, addr=0x7F00_0000_0000)
+        for page in range(3):
+            world.process.write(world.at(page), bytes([page]) * PAGE_SIZE)
+        world.gpu.table_of(world.process.mm)
+        tables = world.machine.mem.tables
+        spare = tables.alloc(tables.rows - 1 - tables.in_use)
+        wanted = np.zeros(1_024, dtype=np.bool_)
+        wanted[[0, 1, 2, 600]] = True
+
+        try:
+            result = migrate(world, mapping=lambda src, dst: tables.release(spare), wanted=wanted)
+        finally:
+            if tables.in_use == tables.rows - 1:
+                tables.release(spare)
+
+        assert [0, 1, 2] == np.flatnonzero(world.on_device()).tolist()
+        assert 0 > Stayed(result.stayed[600]).errno
+        assert [0, 1, 2] == world.contents()[:3]
+
+
+class TestToSystem:
+    def test_contents_come_back(self):
+        """Pages of the device become frames again, with every byte."""
+        world = mapped_range(pages=5)
+        migrate(world)
+
+        result = migrate(world, back=True)
+
+        assert (5, ["present"] * 5) == (result.cpages, kinds(world))
+        assert [0, 1, 2, 3, 4] == world.contents()
+        assert world.gpu.npages == world.gpu.chunks.free_pages
+
+    def test_frames_are_freed_on_the_way_there(self):
+        """A page in device memory occupies no frame."""
+        world = mapped_range(pages=5)
+        free = world.machine.nr_free_pages
+
+        migrate(world)
+
+        assert free + 5 == world.machine.nr_free_pages
+
+    def test_only_the_kind_that_was_selected(self):
+        """With select, system pages or device pages stay as they are; holes always count."""
+        world = mixed_range()
+
+        result = migrate(world, select=MigrateVmaSelect.SYSTEM)
+
+        assert ["NO", "NO", "NO", "NO", "SKIPPED", "NO"] == reasons(result)
+        assert MIXED_CONTENTS == world.contents()
+
+    def test_only_the_owners_pages(self):
+        """A device brings back its own pages and leaves another's."""
+        world = mapped_range(pages=4)
+        other = NumpyDevice(world.machine, "64KiB", name="numpy1")
+        world.gpu.to_device(world.process, world.addr, 2 * PAGE_SIZE)
+        other.to_device(world.process, world.at(2), 2 * PAGE_SIZE)
+
+        result = migrate(world, back=True, select=MigrateVmaSelect.DEVICE_PRIVATE)
+
+        assert ["NO", "NO", "SKIPPED", "SKIPPED"] == reasons(result)
+        assert ["present", "present", "device", "device"] == kinds(world)
+        assert [0, 1, 2, 3] == world.contents()
+
+    def test_anybodys_pages(self):
+        """Without an owner the device pages of all drivers are collected, as in v4.20."""
+        world = mapped_range(pages=2)
+        other = NumpyDevice(world.machine, "64KiB", name="numpy1")
+        world.gpu.to_device(world.process, world.addr, PAGE_SIZE)
+        other.to_device(world.process, world.at(1), PAGE_SIZE)
+        seen = []
+
+        migrate(world, after=lambda src, dst: dst.fill(0), before=seen_in(seen), pgmap_owner=None)
+
+        assert [int(MIGRATE_PFN_DEVICE)] * 2 == [word & int(MIGRATE_PFN_DEVICE) for word in seen]
+        assert [0, 1] == world.contents()
+
+
+def seen_in(seen):
+    """A step that notes src and raises nothing."""
+    return lambda src, dst: seen.extend(src.tolist())

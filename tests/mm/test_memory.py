@@ -10,8 +10,8 @@ from mm import BusError, Machine, OutOfMemory, SegmentationFault, trace
 from mm.errors import KernelBug
 from mm.filemap import lock_page, unlock_page
 from mm.locking import preempt
-from mm.memparse import memparse
 from mm.memory import handle_mm_fault, zap_page_range
+from mm.memparse import memparse
 from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_flags import PG_active, PG_lru, PG_uptodate
 from mm.pgtable import _PAGE_RW, PMD_SIZE, PUD_SIZE, pte_offset, pte_special, pte_write
@@ -256,7 +256,7 @@ class TestOutOfMemory:
     def full(self):
         """A machine of 1 MiB and a process that wants 2 MiB."""
         world = mapped_range(pages=512, filled=False, nodes=("1MiB",))
-        with pytest.raises(OutOfMemory, match="no frame for the page at 0x.*; unmap something"):
+        with pytest.raises(OutOfMemory, match=r"no frame for the page at 0x.*; unmap something"):
             world.process.write(world.addr, b"x" * world.nbytes)
         return world
 
