@@ -3,6 +3,7 @@
 import pytest
 
 from devices import NumpyDevice
+from mm import PAGE_SIZE
 from tests.interleave import explore
 from tests.world import in_step, mapped_range
 
@@ -16,10 +17,10 @@ def store(world, page, data):
 
 
 def full_device():
-    """A range of two pages; the device's only page holds the first, which cannot leave."""
-    world = mapped_range(pages=2, memory="4KiB", filled=False)
-    store(world, 0, b"held")
-    world.hold(world.pfns().item(0))
+    """A device whose only page is in use, and locked by somebody: it cannot leave."""
+    world = mapped_range(pages=1, memory="4KiB", filled=False)
+    store(world, 0, b"x")
+    world.lock(0)
     return world
 
 
@@ -79,41 +80,68 @@ class TestDeviceStores:
 
 
 class TestDeviceMaps:
+    """The device's only page cannot leave, so it maps all others where they are."""
+
     def test_page_that_another_device_takes(self):
-        """A page of the system that another device takes is out of this one's table after."""
+        """A page that another device takes is out of this one's table after."""
+        world = full_device()
+        other = NumpyDevice(world.machine, "64KiB", name="numpy1")
 
         def scenario(together):
-            world = full_device()
-            world.process.write(world.at(1), b"old")
-            other = NumpyDevice(world.machine, "4KiB", name="numpy1")
+            with world.machine.spawn("both") as process:
+                addr = process.mmap(2 * PAGE_SIZE)
+                process.write(addr, b"old")
+                world.gpu.read(process, addr + PAGE_SIZE, 1)
 
-            together(
-                lambda: load(world, 1),
-                lambda: other.to_device(world.process, world.at(1), 1),
-            )
+                together(
+                    lambda: world.gpu.read(process, addr, 3),
+                    lambda: other.to_device(process, addr, 1),
+                )
 
-            assert in_step(world.gpu)
-            other.write(world.process, world.at(1), b"new")
-            assert b"new" == load(world, 1)
+                assert in_step(world.gpu)
+                other.write(process, addr, b"new")
+                assert b"new" == world.gpu.read(process, addr, 3)
+
+        explore(scenario, preemptions=1)
+
+    def test_first_page_of_a_process(self):
+        """The same where it is the first page that the device maps of a process."""
+        world = full_device()
+        other = NumpyDevice(world.machine, "64KiB", name="numpy1")
+
+        def scenario(together):
+            with world.machine.spawn("both") as process:
+                addr = process.mmap(PAGE_SIZE)
+                process.write(addr, b"old")
+
+                together(
+                    lambda: world.gpu.read(process, addr, 3),
+                    lambda: other.to_device(process, addr, 1),
+                )
+
+                assert in_step(world.gpu)
 
         explore(scenario, preemptions=1)
 
     def test_zero_page_that_a_cpu_replaces(self):
-        """A CPU's first store is seen by a device that was mapping the zero page."""
+        """A CPU's first store is seen by a device that was about to map the zero page."""
+        world = full_device()
 
         def scenario(together):
-            world = full_device()
-            world.process.read(world.at(1), 1)
+            with world.machine.spawn("reader") as process:
+                addr = process.mmap(2 * PAGE_SIZE)
+                process.touch(addr, 2 * PAGE_SIZE, write=False)
+                world.gpu.read(process, addr + PAGE_SIZE, 1)
 
-            together(
-                lambda: load(world, 1),
-                lambda: world.process.write(world.at(1), b"new"),
-            )
+                together(
+                    lambda: world.gpu.read(process, addr, 3),
+                    lambda: process.write(addr, b"new"),
+                )
 
-            assert in_step(world.gpu)
-            assert b"new" == load(world, 1)
+                assert in_step(world.gpu)
+                assert b"new" == world.gpu.read(process, addr, 3)
 
-        explore(scenario, preemptions=1)
+        explore(scenario, preemptions=2)
 
     def test_memory_that_goes(self):
         """Memory that is unmapped is out of the device's table after."""
@@ -123,7 +151,7 @@ class TestDeviceMaps:
 
             together(
                 lambda: load(world, 1),
-                lambda: world.process.munmap(world.at(0), 4096),
+                lambda: world.process.munmap(world.at(0), PAGE_SIZE),
             )
 
             assert in_step(world.gpu)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from devices.memory import Direction
-from hmm import MigrateVma, migrate_vma
+from hmm import MigrateVma, MigrateVmaSelect, migrate_vma
 from hmm.migrate_pfn import MigratePfns, migrate_pfn_to_pfn
 from mm.filemap import unlock_page
 from mm.swap import put_page
@@ -28,14 +28,15 @@ class Callbacks:
     """Those of the device of *world*, in *direction*; each of the others gets (src, dst).
 
     before, after: run around the device's alloc_and_copy(); mapping: in finalize_and_map(),
-    before the device's own. calls: the callbacks that were called, with their arguments.
+    before the device's own. direction: None where the device takes no part. calls: the callbacks
+    that were called, with their arguments.
     """
 
     world: World
     before: Step = nothing
     after: Step = nothing
     mapping: Step = nothing
-    direction: Direction = Direction.TO_DEVICE
+    direction: Direction | None = Direction.TO_DEVICE
     calls: list[tuple[Any, ...]] = field(default_factory=list)
 
     def alloc_and_copy(
@@ -43,7 +44,8 @@ class Callbacks:
     ) -> None:
         self.calls.append(("alloc_and_copy", vma, start, end, private))
         self.before(src, dst)
-        self.world.gpu.alloc_and_copy(vma, src, dst, start, end, self.direction)
+        if self.direction is not None:
+            self.world.gpu.alloc_and_copy(vma, src, dst, start, end, self.direction)
         self.after(src, dst)
 
     def finalize_and_map(
@@ -51,7 +53,8 @@ class Callbacks:
     ) -> None:
         self.calls.append(("finalize_and_map", vma, start, end, private))
         self.mapping(src, dst)
-        self.world.gpu.finalize_and_map(vma, src, dst, start, end, self.direction)
+        if self.direction is not None:
+            self.world.gpu.finalize_and_map(vma, src, dst, start, end, self.direction)
 
     @property
     def names(self) -> list[str]:
@@ -70,12 +73,20 @@ def migrate(
 ) -> MigrateVma:
     """migrate_vma() over the range of *world* to its device, or *back*, with odd callbacks."""
     direction = Direction.TO_SYSTEM if back else Direction.TO_DEVICE
-    return migrate_with(Callbacks(world, before, after, mapping, direction), **options)
+    select = MigrateVmaSelect.DEVICE_PRIVATE if back else MigrateVmaSelect.SYSTEM
+    ops = Callbacks(world, before, after, mapping, direction)
+    return migrate_with(ops, **{"select": select} | options)
 
 
-def migrate_with(ops: Any, world: World | None = None, **options: Any) -> MigrateVma:
-    """migrate_vma() over the range of *world* with any *ops*; the driver names itself as owner."""
-    world = ops.world if world is None else world
+def look_on(world: World, step: Step = nothing, **options: Any) -> MigrateVma:
+    """migrate_vma() by a driver that only looks, and takes no page."""
+    options = {"pgmap_owner": None} | options
+    return migrate_with(Callbacks(world, step, direction=None), **options)
+
+
+def migrate_with(ops: Callbacks, **options: Any) -> MigrateVma:
+    """migrate_vma() over the range of its world with *ops*; the driver names itself as owner."""
+    world = ops.world
     src, dst = np.zeros((2, world.pages), dtype=np.uint64)
     options = {"pgmap_owner": world.gpu.owner, "private": "private"} | options
     start, end = world.addr, world.addr + world.nbytes

@@ -30,16 +30,13 @@ from mm import (
     Deadlock,
     InvalidArgument,
     InvalidRange,
-    SegmentationFault,
 )
-from mm.filemap import unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_register
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_active, PG_dirty, PG_locked
-from mm.swap import put_page
-from mm.types import VM_DONTEXPAND, VM_HUGETLB, VM_IO, VM_MIXEDMAP, VM_PFNMAP, VM_WRITE
-from tests.hmm.callbacks import Callbacks, instead, migrate, migrate_with, raises
+from mm.types import VM_DONTEXPAND, VM_HUGETLB, VM_IO, VM_MIXEDMAP, VM_PFNMAP
+from tests.hmm.callbacks import Callbacks, instead, look_on, migrate, migrate_with, raises
 from tests.reference.state import Entry, decode, page_table_word
 from tests.world import SOMEBODY_ELSE, mapped_range
 
@@ -239,7 +236,7 @@ class TestCallbacks:
         pfns = world.pfns()
         seen = []
 
-        migrate(world, before=lambda src, dst: seen.extend(src.tolist()), pgmap_owner=None)
+        look_on(world, lambda src, dst: seen.extend(src.tolist()))
 
         hole = int(MIGRATE_PFN_MIGRATE)
         page = int(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED)
@@ -474,12 +471,635 @@ class TestToSystem:
         other.to_device(world.process, world.at(1), PAGE_SIZE)
         seen = []
 
-        migrate(world, after=lambda src, dst: dst.fill(0), before=seen_in(seen), pgmap_owner=None)
+        look_on(world, lambda src, dst: seen.extend(src.tolist()))
 
         assert [int(MIGRATE_PFN_DEVICE)] * 2 == [word & int(MIGRATE_PFN_DEVICE) for word in seen]
         assert [0, 1] == world.contents()
 
 
-def seen_in(seen):
-    """A step that notes src and raises nothing."""
-    return lambda src, dst: seen.extend(src.tolist())
+class TestInTheWay:
+    def test_pinned_page_in_the_middle_stays(self):
+        """A pinned page stays in system memory; its neighbours migrate."""
+        world = mapped_range(pages=5)
+        world.pin(page=2)
+
+        result = migrate(world)
+
+        assert [True, True, False, True, True] == world.on_device()
+        assert ("PINNED", -errno.EBUSY) == (reasons(result)[2], result.status[2])
+        assert [0, 1, 2, 3, 4] == world.contents()
+
+    def test_pin_that_comes_while_it_is_copied(self):
+        """A reference taken during alloc_and_copy() keeps the page, and the copy is wasted."""
+        world = mapped_range(pages=3)
+        pfn = world.pfns().item(1)
+
+        result = migrate(world, after=lambda src, dst: world.hold(pfn))
+
+        assert [True, False, True] == world.on_device()
+        assert ("BUSY", -errno.EAGAIN) == (reasons(result)[1], result.status[1])
+        assert [0, 1, 2] == world.contents()
+        assert world.gpu.npages == world.gpu.chunks.free_pages
+
+    def test_device_page_that_its_driver_holds(self):
+        """A device page with one reference more stays in device memory until it is dropped."""
+        world = mapped_range(pages=2)
+        migrate(world)
+        pin = world.hold(world.pfns().item(0))
+
+        result = migrate(world, back=True)
+        pin.release()
+
+        assert ["BUSY", "NO"] == reasons(result)
+        assert [True, False] == world.on_device()
+        assert [0, 1] == world.contents()
+
+    def test_locked_page_stays(self):
+        """A page that another thread has locked stays; nobody waits for it."""
+        world = mapped_range(pages=3)
+        world.lock(page=1)
+
+        result = migrate(world)
+
+        assert [True, False, True] == world.on_device()
+        assert ("LOCKED", -errno.EAGAIN) == (reasons(result)[1], result.status[1])
+        assert SOMEBODY_ELSE == world.machine.mem.lock_owner[world.pfns()[1]]
+        assert [0, 1, 2] == world.contents()
+
+    def test_lock_that_comes_free_between_collect_and_prepare(self):
+        """A page that collect found locked is tried once more, and then unmapped by its rmap."""
+        world = mapped_range(pages=3)
+        world.lock(page=1)
+        seen = []
+        src, dst = np.zeros((2, 3), dtype=np.uint64)
+        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
+
+        with world.process.mm.mmap_sem.read():
+            migrate_vma_collect(migration)
+            seen.append(kinds(world))
+            world.unlock(1)
+            migrate_vma_prepare(migration)
+            migrate_vma_unmap(migration)
+            seen.append(kinds(world))
+            migrate_vma_pages(migration)
+            migrate_vma_finalize(migration)
+
+        assert [["migration", "present", "migration"], ["migration"] * 3] == seen
+        assert [0, 1, 2] == world.contents()
+
+    def test_isolated_page_stays(self):
+        """A page that somebody has taken off the LRU is somebody's who moves it himself."""
+        world = mapped_range(pages=3)
+        world.isolate(page=1)
+
+        result = migrate(world)
+
+        assert [True, False, True] == world.on_device()
+        assert ("ISOLATED", -errno.EBUSY) == (reasons(result)[1], result.status[1])
+        assert [0, 1, 2] == world.contents()
+
+    def test_pages_on_their_way_to_the_lru(self):
+        """Pages that wait in the pagevec of any CPU are no obstacle."""
+        world = mapped_range(pages=4, filled=False)
+        for page in range(4):
+            world.process.cpu = page % 2
+            world.process.write(world.at(page), bytes([page]) * PAGE_SIZE)
+
+        result = migrate(world)
+
+        assert (4, [True] * 4) == (result.cpages, world.on_device())
+        assert [0, 1, 2, 3] == world.contents()
+
+    def test_page_that_is_moving_already(self):
+        """A migration inside a migration of the same range finds nothing to move."""
+        world = mapped_range(pages=3)
+        inner = []
+
+        migrate(world, before=lambda src, dst: inner.append(look_on(world)))
+
+        assert [["SKIPPED"] * 3] == [reasons(result) for result in inner]
+        assert [0, 1, 2] == world.contents()
+
+
+class TestPageState:
+    def test_rights_and_soft_dirty_survive(self):
+        """There and back, each entry keeps its right to store and its soft-dirty bit."""
+        world = mapped_range(pages=4)
+        world.write_protect(1, 3)
+        world.clear_refs(2, 3)
+        before = [(entry.write, entry.soft_dirty) for entry in entries(world)]
+        seen = []
+
+        migrate(world, mapping=lambda src, dst: seen.extend(kinds(world)))
+        away = [(entry.write, entry.soft_dirty) for entry in entries(world)]
+        migrate(world, back=True)
+
+        assert [(True, True), (False, True), (True, False), (False, False)] == before == away
+        assert before == [(entry.write, entry.soft_dirty) for entry in entries(world)]
+
+    def test_dirty_survives(self):
+        """What the CPU has changed is dirty in device memory and after it; the rest is not."""
+        world = mapped_range(pages=3)
+        world.clear_refs(1)
+        flags = world.machine.mem.flags
+
+        migrate(world)
+        away = (flags[world.pfns()] & PG_dirty != 0).tolist()
+        migrate(world, back=True)
+
+        assert [True, False, True] == away
+        assert [True, False, True] == (flags[world.pfns()] & PG_dirty != 0).tolist()
+
+    def test_dirty_of_a_page_that_stays(self):
+        """A page that was unmapped and put back still counts as changed."""
+        world = mapped_range(pages=1)
+        world.pin(0)
+
+        migrate(world)
+
+        assert world.machine.mem.flags[world.pfns()[0]] & PG_dirty
+        assert not entries(world)[0].dirty
+
+    def test_restored_page_is_old(self):
+        """An entry that was taken away comes back without its accessed bit."""
+        world = mapped_range(pages=2)
+        world.pin(1)
+
+        migrate(world)
+        migrate(world, back=True)
+
+        assert [False, False] == [entry.accessed for entry in entries(world)]
+
+    def test_active_page_comes_back_active(self):
+        """The LRU list that a page belongs on is remembered in device memory."""
+        world = mapped_range(pages=2)
+        flags = world.machine.mem.flags
+        flags[world.pfns()[1:]] &= ~PG_active
+        world.machine.mem.vmstat.add("nr_active_anon", 0)
+
+        migrate(world)
+        migrate(world, back=True)
+
+        assert [True, False] == (flags[world.pfns()] & PG_active != 0).tolist()
+
+    def test_counters(self):
+        """A page in device memory is still an anonymous page of its process, and on no list."""
+        world = mapped_range(pages=20)
+        free = world.machine.nr_free_pages
+
+        with world.machine.vmstat.counting("nr_anon_pages", "nr_active_anon") as delta:
+            migrate(world)
+
+        assert {"nr_anon_pages": 0, "nr_active_anon": -20} == delta
+        assert (20, free + 20) == (world.process.mm.anon_rss, world.machine.nr_free_pages)
+
+
+def read_or_lost(world) -> list[int | str]:
+    """What the CPU finds in each page, "lost" where it gets SIGBUS."""
+    found: list[int | str] = []
+    for page in range(world.pages):
+        try:
+            found.append(world.process.read(world.at(page), 1)[0])
+        except BusError as error:
+            found.append("lost" if world.at(page) == error.address else hex(error.address))
+    return found
+
+
+class TestLostContents:
+    LOST = int(MIGRATE_PFN_ERROR)
+
+    @pytest.mark.parametrize("back", [False, True])
+    def test_bus_error_at_that_page_alone(self, back):
+        """MIGRATE_PFN_ERROR makes the CPU fail at its page, loading or storing; the rest moves."""
+        world = mapped_range(pages=4)
+        if back:
+            migrate(world)
+
+        result = migrate(world, after=instead(world, {1: self.LOST}), back=back)
+
+        assert ["NO", "LOST", "NO", "NO"] == reasons(result)
+        assert -errno.EIO == result.status[1]
+        assert [0, "lost", 2, 3] == read_or_lost(world)
+        with pytest.raises(BusError, match=f"{world.at(1):#x}"):
+            world.process.write(world.at(1), b"x")
+
+    @pytest.mark.parametrize("back", [False, True])
+    def test_memory_is_freed(self, back):
+        """The page behind lost contents is freed at once, wherever it was."""
+        world = mapped_range(pages=2)
+        free = world.machine.nr_free_pages
+        if back:
+            migrate(world)
+
+        migrate(world, after=instead(world, {0: self.LOST, 1: self.LOST}), back=back)
+
+        assert ["poison"] * 2 == kinds(world)
+        assert (free + 2, 0) == (world.machine.nr_free_pages, world.process.mm.anon_rss)
+        assert world.gpu.npages == world.gpu.chunks.free_pages
+
+    def test_error_beside_a_destination(self):
+        """Lost is lost, even if the driver hands over a page: it is given back."""
+        world = mapped_range(pages=2)
+
+        def lose(src, dst):
+            dst[1] |= MIGRATE_PFN_ERROR
+
+        result = migrate(world, after=lose)
+
+        assert ["NO", "LOST"] == reasons(result)
+        assert [0, "lost"] == read_or_lost(world)
+        assert world.gpu.npages == world.gpu.chunks.free_pages
+
+    def test_device_that_loses_what_it_brings_back(self):
+        """A page that the device cannot give back is lost to the CPU that touches it."""
+        world = mapped_range(pages=3, driver=Forgetful)
+        world.gpu.to_device(world.process, world.addr, world.nbytes)
+
+        assert [0, "lost", 2] == read_or_lost(world)
+
+        with pytest.raises(BusError):
+            world.gpu.read(world.process, world.at(1), 1)
+
+    def test_lost_page_stays_where_it_is(self):
+        """What is lost is skipped by later migrations, and unmapping forgets it."""
+        world = mapped_range(pages=2)
+        migrate(world, after=instead(world, {1: self.LOST}))
+
+        again = migrate(world, back=True)
+        world.process.munmap(world.at(1), PAGE_SIZE)
+        world.process.mmap(PAGE_SIZE, addr=world.at(1))
+
+        assert ["NO", "SKIPPED"] == reasons(again)
+        assert [0, 0] == world.contents()
+
+
+class Forgetful(NumpyDevice):
+    """A device that loses its second page whenever it is to give it back."""
+
+    def copy_out(self, pages, system, rows):
+        super().copy_out(pages, system, rows)
+        return pages == 1
+
+
+class Broken(NumpyDevice):
+    """A device whose copies fail."""
+
+    def copy_in(self, pages, system, rows):
+        raise OSError("the bus is gone")
+
+    def copy_out(self, pages, system, rows):
+        raise OSError("the bus is gone")
+
+
+def half_an_answer(world, error):
+    """A step that names a page for entry 0, does not lock it, and fails."""
+
+    def fail(src, dst):
+        page = world.gpu.allocate(1)
+        world.gpu.chunks.take(page)
+        world.hold(world.gpu.zone.start_pfn + page.item())
+        dst[0] = migrate_pfn(world.gpu.zone.start_pfn + page)[0] | MIGRATE_PFN_LOCKED
+        world.pins.pop()
+        world.machine.mem.pins.pop()
+        raise error
+
+    return fail
+
+
+class TestCallbackThatRaises:
+    @pytest.mark.parametrize("error", [OSError("broken"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_alloc_and_copy(self, when, error):
+        """Every page is back where it was, unlocked; no destination leaks; the error goes on."""
+        world = mixed_range()
+        was, free = mapped(world), world.gpu.chunks.free_pages
+
+        with pytest.raises(type(error)):
+            migrate(world, **{when: raises(error)})
+
+        assert (was, free) == (mapped(world), world.gpu.chunks.free_pages)
+        assert MIXED_CONTENTS == world.contents()
+
+    def test_alloc_and_copy_on_the_way_back(self):
+        """The same for device pages: they stay, and frames are freed."""
+        world = mapped_range(pages=3)
+        migrate(world)
+        was, free = mapped(world), world.machine.nr_free_pages
+
+        with pytest.raises(OSError, match="broken"):
+            migrate(world, after=raises(OSError("broken")), back=True)
+
+        assert (was, free) == (mapped(world), world.machine.nr_free_pages)
+        assert [0, 1, 2] == world.contents()
+
+    def test_alloc_and_copy_with_half_an_answer(self):
+        """A destination that was named but not locked yet is given back as well."""
+        world = mixed_range()
+        was, free = mapped(world), world.gpu.chunks.free_pages
+
+        with pytest.raises(OSError, match="broken"):
+            migrate(world, before=half_an_answer(world, OSError("broken")))
+
+        assert (was, free) == (mapped(world), world.gpu.chunks.free_pages)
+        assert MIXED_CONTENTS == world.contents()
+
+    def test_alloc_and_copy_that_spoils_src(self):
+        """What the driver wrote to src before it failed does not matter."""
+        world = mixed_range()
+        was = mapped(world)
+
+        def spoil(src, dst):
+            src[:] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+            raise OSError("broken")
+
+        with pytest.raises(OSError, match="broken"):
+            migrate(world, after=spoil)
+
+        assert was == mapped(world)
+        assert MIXED_CONTENTS == world.contents()
+
+    def test_copy_fails(self):
+        """A device whose copy fails keeps nothing, and the process keeps all."""
+        world = mapped_range(pages=3, driver=Broken)
+
+        with pytest.raises(OSError, match="the bus is gone"):
+            world.gpu.to_device(world.process, world.addr, world.nbytes)
+
+        assert (["present"] * 3, 1_024) == (kinds(world), world.gpu.chunks.free_pages)
+        assert [0, 1, 2] == world.contents()
+
+    @pytest.mark.parametrize("back", [False, True])
+    @pytest.mark.parametrize("error", [OSError("broken"), KeyboardInterrupt()])
+    def test_finalize_and_map(self, error, back):
+        """What has moved has moved: it is mapped and unlocked, and the error goes on."""
+        world = mapped_range(pages=3)
+        if back:
+            migrate(world)
+
+        with pytest.raises(type(error)):
+            migrate(world, mapping=raises(error), back=back)
+
+        assert [not back] * 3 == world.on_device()
+        assert [0, 1, 2] == world.contents()
+
+    def test_process_goes_on_afterwards(self):
+        """A later migration of the same pages succeeds."""
+        world = mixed_range()
+        with pytest.raises(OSError, match="broken"):
+            migrate(world, after=raises(OSError("broken")))
+
+        result = migrate(world)
+
+        assert (5, [True] * ALL_KINDS) == (result.cpages, world.on_device())
+        assert MIXED_CONTENTS == world.contents()
+
+
+class TestDeadlock:
+    @pytest.mark.parametrize("step", ["before", "after", "mapping"])
+    def test_cpu_access_to_a_page_under_migration(self, step):
+        """A callback that touches what it migrates is told so, and does not hang."""
+        world = mapped_range(pages=3)
+
+        with pytest.raises(Deadlock, match="locked by the thread that waits"):
+            migrate(world, **{step: lambda src, dst: world.process.read(world.at(1), 1)})
+
+        assert [0, 1, 2] == world.contents()
+
+    def test_callback_that_takes_the_hint(self):
+        """A callback may catch the error and go on; the migration succeeds."""
+        world = mapped_range(pages=3)
+
+        def touch(src, dst):
+            with pytest.raises(Deadlock):
+                world.process.write(world.at(1), b"x")
+
+        result = migrate(world, before=touch)
+
+        assert (3, [0, 1, 2]) == (result.cpages, world.contents())
+
+    def test_device_access_to_a_page_under_migration(self):
+        """The same from the device's side."""
+        world = mapped_range(pages=3)
+
+        with pytest.raises(Deadlock):
+            migrate(world, before=lambda src, dst: world.gpu.read(world.process, world.at(1), 1))
+
+        assert [0, 1, 2] == world.contents()
+
+    @pytest.mark.parametrize("call", ["munmap", "exit"])
+    def test_unmapping_from_a_callback(self, call):
+        """Unmapping waits for migrations to end, so a callback that does it is told."""
+        world = mapped_range(pages=3)
+        unmap = {
+            "munmap": lambda src, dst: world.process.munmap(world.addr, world.nbytes),
+            "exit": lambda src, dst: world.process.exit(),
+        }
+
+        with pytest.raises(Deadlock, match="mmap_sem"):
+            migrate(world, before=unmap[call])
+
+        assert [0, 1, 2] == world.contents()
+
+    def test_cpu_access_to_another_page(self):
+        """A callback may touch memory that does not move."""
+        world = mapped_range(pages=3)
+        elsewhere = world.process.mmap(PAGE_SIZE)
+        world.process.write(elsewhere, b"table")
+        seen = []
+
+        migrate(world, before=lambda src, dst: seen.append(world.process.read(elsewhere, 5)))
+
+        assert ([b"table"], [0, 1, 2]) == (seen, world.contents())
+
+
+class TestVmas:
+    def test_two_areas_of_one_mapping(self):
+        """Two VMAs that were one share an anon_vma; each migrates by itself."""
+        world = mapped_range(pages=7)
+        world.process.munmap(world.at(3), PAGE_SIZE)
+        src, dst = np.zeros((2, 3), dtype=np.uint64)
+
+        with pytest.raises(InvalidRange):
+            migrate(world)
+        for start in (0, 4):
+            vma = world.process.find_vma(world.at(start))
+            migrate_vma(
+                world.gpu,
+                vma,
+                world.at(start),
+                world.at(start + 3),
+                src,
+                dst,
+                Direction.TO_DEVICE,
+            )
+
+        assert [True, True, True, False, True, True, True] == world.on_device()
+        assert [0, 1, 2, 4, 5, 6] == [
+            world.process.read(world.at(page), 1)[0] for page in (0, 1, 2, 4, 5, 6)
+        ]
+
+    def test_two_areas_in_one_call_of_the_driver(self):
+        """A driver's to_device() goes over the VMAs of its range."""
+        world = mapped_range(pages=4)
+        world.process.mmap(2 * PAGE_SIZE, "r", addr=world.at(4))
+
+        moved = world.gpu.to_device(world.process, world.addr, 6 * PAGE_SIZE)
+
+        assert (6, 6) == (moved.collected, moved.migrated)
+        assert bytes(2 * PAGE_SIZE) == world.process.read(world.at(4), 2 * PAGE_SIZE)
+        assert [0, 1, 2, 3] == world.contents()
+
+    def test_same_address_in_another_process(self):
+        """A process at the same address keeps its pages and its bytes."""
+        world = mapped_range(pages=3)
+        other = world.machine.spawn("other")
+        other.mmap(world.nbytes, addr=world.addr)
+        other.write(world.addr, bytes([9]) * world.nbytes)
+
+        migrate(world)
+
+        assert 3 == other.mm.anon_rss
+        assert bytes([9]) * world.nbytes == other.read(world.addr, world.nbytes)
+        assert [0, 1, 2] == world.contents()
+
+    def test_part_of_a_vma(self):
+        """Pages of the VMA outside the range are not touched."""
+        world = mapped_range(pages=6)
+        src, dst = np.zeros((2, 2), dtype=np.uint64)
+
+        migrate_vma(Callbacks(world), world.vma, world.at(2), world.at(4), src, dst)
+
+        assert [False, False, True, True, False, False] == world.on_device()
+        assert [0, 1, 2, 3, 4, 5] == world.contents()
+
+
+class Listener:
+    """An mmu notifier that writes down what it hears."""
+
+    def __init__(self, world) -> None:
+        self.world = world
+        self.heard = []
+        mmu_notifier_register(self, world.process.mm)
+
+    def invalidate_range_start(self, invalid):
+        self.note("start", invalid)
+
+    def invalidate_range_end(self, invalid):
+        self.note("end", invalid)
+
+    def release(self, mm):
+        pass
+
+    def note(self, what, invalid):
+        pages = [(addr - self.world.addr) // PAGE_SIZE for addr in (invalid.start, invalid.end)]
+        self.heard.append((what, *pages, invalid.event, invalid.owner))
+
+
+def pair(first, last, event, owner):
+    """What a listener hears of one invalidation."""
+    return [(what, first, last, event, owner) for what in ("start", "end")]
+
+
+class TestNotifier:
+    def test_pages(self):
+        """Listeners hear of the range once, as a migration by its owner."""
+        world = mapped_range(pages=5)
+        listener, gpu = Listener(world), world.gpu
+
+        migrate(world)
+
+        assert pair(0, 5, MmuNotifyEvent.MIGRATE, gpu) == listener.heard
+
+    def test_holes(self):
+        """Where holes are filled they hear it again, from the first that is to the end."""
+        world = mapped_range(pages=5, filled=False)
+        for page in (0, 1, 3):
+            world.process.write(world.at(page), b"x")
+        listener, gpu = Listener(world), world.gpu
+
+        migrate(world)
+
+        collect, insert = (pair(first, 5, MmuNotifyEvent.MIGRATE, gpu) for first in (0, 2))
+        assert collect + insert == listener.heard
+
+    def test_holes_that_the_driver_leaves(self):
+        """Where no hole is filled they hear nothing of it."""
+        world = mapped_range(pages=2, filled=False)
+        listener = Listener(world)
+
+        look_on(world)
+
+        assert pair(0, 2, MmuNotifyEvent.MIGRATE, None) == listener.heard
+
+    def test_callback_that_raises(self):
+        """Every start has its end, whatever fails."""
+        world = mixed_range()
+        listener = Listener(world)
+
+        with pytest.raises(OSError, match="broken"):
+            migrate(world, mapping=raises(OSError("broken")))
+
+        heard = [what for what, *_ in listener.heard]
+        assert ["start", "end"] * (len(heard) // 2) == heard
+
+    def test_nobody_hears_of_a_refused_call(self):
+        """A wrong call invalidates nothing."""
+        world = mapped_range(pages=2)
+        listener = Listener(world)
+
+        with pytest.raises(InvalidArgument):
+            migrate(world, wanted=[])
+
+        assert [] == listener.heard
+
+
+class TestStagesInHand:
+    def test_driver_that_runs_the_stages_itself(self):
+        """setup, pages and finalize with the driver's work in between do what migrate_vma does."""
+        world = mapped_range(pages=3)
+        src, dst = np.zeros((2, 3), dtype=np.uint64)
+        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
+        arguments = (world.vma, src, dst, world.addr, world.at(3), Direction.TO_DEVICE)
+
+        with world.process.mm.mmap_sem.read():
+            assert 3 == migrate_vma_setup(migration)
+            world.gpu.alloc_and_copy(*arguments)
+            migrate_vma_pages(migration)
+            world.gpu.finalize_and_map(*arguments)
+            migrate_vma_finalize(migration)
+
+        assert (3, [True] * 3) == (migration.cpages, world.on_device())
+        assert [0, 1, 2] == world.contents()
+
+    def test_driver_that_changes_its_mind(self):
+        """Between setup and pages a driver may simply answer nothing."""
+        world = mapped_range(pages=3)
+        was = mapped(world)
+        src, dst = np.zeros((2, 3), dtype=np.uint64)
+        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
+
+        with world.process.mm.mmap_sem.read():
+            migrate_vma_setup(migration)
+            migrate_vma_pages(migration)
+            migrate_vma_finalize(migration)
+
+        assert (was, ["NOT_CHOSEN"] * 3) == (mapped(world), reasons(migration))
+        assert [0, 1, 2] == world.contents()
+
+    def test_second_round_with_the_same_struct(self):
+        """setup begins afresh: nothing of an earlier round is left in it."""
+        world = mapped_range(pages=3, filled=False)
+        world.process.write(world.at(1), b"x")
+        src, dst = np.zeros((2, 3), dtype=np.uint64)
+        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
+        arguments = (world.vma, src, dst, world.addr, world.at(3), Direction.TO_DEVICE)
+
+        with world.process.mm.mmap_sem.read():
+            for answer in (lambda *_: None, world.gpu.alloc_and_copy):
+                migrate_vma_setup(migration)
+                answer(*arguments)
+                migrate_vma_pages(migration)
+                migrate_vma_finalize(migration)
+
+        assert (3, ["NO"] * 3) == (migration.cpages, reasons(migration))
+        assert b"x" == world.process.read(world.at(1), 1)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mm import InvalidArgument, SegmentationFault
+from mm import InvalidArgument, Machine, SegmentationFault
 from mm.pgtable import PMD_SIZE
 from mm.typing import PAGE_SIZE
 from tests.world import mapped_range
@@ -16,7 +16,7 @@ SHAPES = hnp.array_shapes(max_dims=4, max_side=7)
 
 
 def process():
-    return mapped_range(pages=1, filled=False, memory="64KiB").process
+    return Machine(("1MiB",), max_physmem="1MiB").spawn("train")
 
 
 def numbered(shape, dtype):

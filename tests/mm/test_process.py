@@ -1,0 +1,159 @@
+"""A process: its calls, and what they refuse."""
+
+import pytest
+
+from mm import InvalidArgument, Machine
+from mm.errors import Deadlock
+from mm.typing import PAGE_SIZE
+from tests.world import mapped_range
+
+
+@pytest.fixture
+def process():
+    return mapped_range(pages=1).process
+
+
+class TestMmap:
+    @pytest.mark.parametrize(
+        ("how", "complaint"),
+        [
+            ({"flags": "anon|shared"}, r"flags 'anon\|shared' with file None cannot be mapped"),
+            ({"flags": "anon"}, "flags 'anon' with"),
+            ({"file": "data.bin"}, "with file 'data.bin' cannot be mapped; use"),
+            ({"prot": "rwz"}, "prot 'rwz' is not made of the letters r, w, x or"),
+            ({"prot": ""}, "prot '' is not made of"),
+            ({"length": 0}, "length must be positive, got 0"),
+            ({"length": -4096}, "a size cannot be negative, got -4096"),
+            ({"length": "much"}, "'much' is no size"),
+        ],
+    )
+    def test_what_cannot_be_mapped(self, process, how, complaint):
+        """The message says what was asked for and what can be."""
+        before = process.mm.total_vm
+
+        with pytest.raises(InvalidArgument, match=complaint):
+            process.mmap(**{"length": PAGE_SIZE} | how)
+
+        assert before == process.mm.total_vm
+
+    def test_sizes_as_people_write_them(self, process):
+        """Text is a size wherever a number is."""
+        addr = process.mmap("1MiB")
+        process.touch(addr, "64KiB")
+        with process.pin(addr, "8K") as pin:
+            assert 2 == pin.pfns.size
+        process.munmap(addr, "1MiB")
+
+        assert 1 == process.mm.total_vm == process.mm.anon_rss
+
+    def test_flags_in_any_order(self, process):
+        """Words between bars."""
+        assert process.mmap(PAGE_SIZE, flags="private|anon")
+
+
+class TestExit:
+    def test_later_calls(self, process):
+        """A process that has exited can do nothing more, and says so; exit itself is fine."""
+        process.exit()
+        process.exit()
+
+        calls = (
+            lambda: process.mmap(PAGE_SIZE),
+            lambda: process.munmap(0, PAGE_SIZE),
+            lambda: process.read(0, 1),
+            lambda: process.write(0, b"x"),
+            lambda: process.touch(0, 1),
+            lambda: process.pin(0, 1),
+            lambda: process.array(5),
+        )
+        for call in calls:
+            with pytest.raises(InvalidArgument, match="process train has exited"):
+                call()
+
+    def test_array_of_a_process_that_has_exited(self, process):
+        """Its arrays are gone with it."""
+        array = process.array(5, "i4")
+        array[:] = 1
+        process.exit()
+
+        with pytest.raises(OSError, match="train"):
+            array[0]
+        with pytest.raises(OSError, match="train"):
+            array[0] = 1
+
+    def test_with(self):
+        """A `with` block ends the process, also where it fails."""
+        machine = Machine(("1MiB",), max_physmem="1MiB")
+
+        with pytest.raises(ZeroDivisionError), machine.spawn() as process:
+            process.touch(process.mmap(PAGE_SIZE), PAGE_SIZE)
+            raise ZeroDivisionError
+
+        assert process.mm.exited
+        assert [] == machine.mem.mms
+
+    def test_shown(self, process):
+        """By name, and whether it is over."""
+        assert "<Process train>" == repr(process)
+        process.exit()
+        assert "<Process train, exited>" == repr(process)
+
+
+class TestCallbacks:
+    """A driver that calls back into the process it works for."""
+
+    def in_fault(self, call):
+        """Let *call*(process) happen while the process waits for a page from the device."""
+        world = mapped_range(pages=2)
+        world.gpu.to_device(world.process, world.addr, world.nbytes)
+        copy_out, outcomes = world.gpu.copy_out, []
+
+        def copy_and_call(pages, system, rows):
+            try:
+                outcomes.append(call(world))
+            except Deadlock as error:
+                outcomes.append(error)
+            return copy_out(pages, system, rows)
+
+        world.gpu.copy_out = copy_and_call
+        first = world.process.read(world.at(1), 1)
+        world.gpu.copy_out = copy_out
+        assert b"\1" == first
+        return outcomes[0]
+
+    def test_touching_the_page_that_moves(self):
+        """It would wait for itself, and is told so; the access goes on."""
+        outcome = self.in_fault(lambda world: world.process.read(world.at(1), 1))
+
+        assert isinstance(outcome, Deadlock)
+
+    @pytest.mark.parametrize("call", ["exit", "mmap", "munmap"])
+    def test_changing_the_address_space(self, call):
+        """mmap_sem is held for read: no callback may map, unmap or exit."""
+        args = {"exit": (), "mmap": (PAGE_SIZE,), "munmap": (0x10000, PAGE_SIZE)}[call]
+
+        outcome = self.in_fault(lambda world: getattr(world.process, call)(*args))
+
+        assert isinstance(outcome, Deadlock)
+
+    def test_touching_another_page(self):
+        """A page that does not move can be read, and faulted in."""
+
+        def read_fresh_memory(world):
+            other = world.machine.spawn("other")
+            addr = other.mmap(PAGE_SIZE)
+            other.write(addr, b"fresh")
+            return other.read(addr, 5)
+
+        assert b"fresh" == self.in_fault(read_fresh_memory)
+
+
+class TestCpu:
+    def test_faults_are_served_by_its_own_cpu(self):
+        """A process puts its pages in the pagevec of the CPU that it runs on."""
+        machine = Machine(("1MiB",), cpus=3, max_physmem="1MiB")
+        process = machine.spawn(cpu=2)
+
+        process.touch(process.mmap(PAGE_SIZE), PAGE_SIZE)
+
+        assert [0, 0, 1] == [pagevec.size for pagevec in machine.mem.pagevecs]
