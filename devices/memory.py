@@ -363,9 +363,17 @@ class DeviceMemory(ABC):
                     here = near[(near >= vma.vm_start) & (near < vma.vm_end)]
                     if here.size:
                         start, end = here.item(0), here.item(-1) + PAGE_SIZE
-                        wanted = np.zeros((end - start) >> PAGE_SHIFT, dtype=np.bool_)
-                        wanted[(here - start) >> PAGE_SHIFT] = True
-                        self._migrate(vma, start, end, direction, moved, wanted)
+                        self._migrate(vma, start, end, direction, moved, _mask(here, start, end))
+
+
+def _mask(addrs: Addresses, start: int, end: int) -> Mask | None:
+    """Which pages of [*start*, *end*) are at *addrs* (ascending); None if all of them."""
+    npages = (end - start) >> PAGE_SHIFT
+    if addrs.size == npages:
+        return None
+    mask = np.zeros(npages, dtype=np.bool_)
+    mask[(addrs - start) >> PAGE_SHIFT] = True
+    return mask
 
 
 def _chunk_pages(name: str, chunk: Size | None, npages: int) -> int:

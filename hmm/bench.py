@@ -20,7 +20,7 @@ from hmm.offload.traces import load_trace
 from hmm.registry import load_driver
 from mm.errors import InvalidArgument
 from mm.machine import Machine
-from mm.memparse import format_size
+from mm.memparse import Size, format_size
 from mm.pgtable import pte_offset, pte_pfn
 from mm.process import Process
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
@@ -64,12 +64,17 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _open_numpy(machine: Machine, memory: Size) -> Any:
+    """A numpy device, whose package this one does not know."""
+    return load_driver("numpy")(machine, memory)
+
+
 class _Bench:
     """A machine and a device with room for SIZE, all their memory touched."""
 
     def __init__(self) -> None:
         self.machine = Machine(("1GiB",))
-        self.gpu: Any = load_driver("numpy")(self.machine, SIZE)
+        self.gpu = _open_numpy(self.machine, SIZE)
         assert self.machine.mem.payload is not None
         self.machine.mem.payload[:] = 1
         self.gpu.memory[:] = 1
@@ -141,7 +146,7 @@ def touch(name: str) -> Figure:
 def _cost_per_page(pages: int) -> float:
     """Nanoseconds that a page's migration to the device costs without its contents."""
     machine = Machine(("1GiB",), payload=False)
-    gpu: Any = load_driver("numpy")(machine, SIZE)
+    gpu = _open_numpy(machine, SIZE)
     spent = float("inf")
     for _ in range(3 * ROUNDS):
         with machine.spawn("bench") as process:
@@ -166,7 +171,7 @@ def cost_per_page_65536(name: str) -> Figure:
 def fault_back_1(name: str) -> Figure:
     """The CPU loads from a page in device memory: fault, migration and load."""
     machine = Machine(("64MiB",))
-    gpu: Any = load_driver("numpy")(machine, "16MiB")
+    gpu = _open_numpy(machine, "16MiB")
     process = machine.spawn("bench")
     pages = 512
     addr = process.mmap(pages * PAGE_SIZE)
@@ -185,7 +190,7 @@ def run_sqlite_50(name: str) -> Figure:
     spent = float("inf")
     for _ in range(2):
         machine = machine_for(trace)
-        gpu: Any = load_driver("numpy")(machine, trace.footprint.size // 2 * PAGE_SIZE)
+        gpu = _open_numpy(machine, trace.footprint.size // 2 * PAGE_SIZE)
         report = replay(trace, machine, machine.spawn(trace.name), gpu)
         spent = min(spent, report.wall_s)
     return Figure(name, trace.events / spent, "touches/s", "alone", None)

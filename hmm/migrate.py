@@ -215,27 +215,38 @@ class _Collected(NamedTuple):
 def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
     """Linux: migrate_vma_collect_pmd() and migrate_vma_collect_hole(), mm/migrate.c."""
     ptes = run.ptes
-    wanted = True if migrate.wanted is None else migrate.wanted[run.slice]
-    present = pte_present(ptes)
-    zero = present & pte_special(ptes)
+    private = is_device_private_entry(ptes)
+    if not every(private):
+        present = pte_present(ptes)
+        zero = present & pte_special(ptes)
+        _collect_holes(migrate, run, pte_none(ptes) | zero)
+        if migrate.select & _SYSTEM:
+            system = places(_wanted(migrate, run, present ^ zero))
+            if system.size:
+                yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), NO_FLAGS)
+    if migrate.select & _DEVICE_PRIVATE:
+        at = places(_wanted(migrate, run, private))
+        if at.size:
+            pfns = swp_offset(ptes[at])
+            if migrate.pgmap_owner is not None:
+                at, pfns = _owned(migrate, at, pfns)
+            yield _collect_pages(migrate, run, at, pfns, MIGRATE_PFN_DEVICE)
 
-    # Unlike Linux v4.20, which collects holes of files too, only to fail on each later.
+
+def _wanted(migrate: MigrateVma, run: Run, found: Mask) -> Mask:
+    return found if migrate.wanted is None else found & migrate.wanted[run.slice]
+
+
+def _collect_holes(migrate: MigrateVma, run: Run, empty: Mask) -> None:
+    """Enter what the device may populate in src.
+
+    Unlike Linux v4.20, holes of file mappings are left out; there they fail later, each of them.
+    """
     if vma_is_anonymous(migrate.vma):
-        holes = places((pte_none(ptes) | zero) & wanted) + run.first
+        holes = places(_wanted(migrate, run, empty)) + run.first
         migrate.src[holes] = MIGRATE_PFN_MIGRATE
         migrate.stayed[holes] = Stayed.NO
         migrate.holes = joined([migrate.holes, holes])
-    if migrate.select & _SYSTEM:
-        system = places(present & ~zero & wanted)
-        if system.size:
-            yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), NO_FLAGS)
-    if migrate.select & _DEVICE_PRIVATE:
-        private = places(is_device_private_entry(ptes) & wanted)
-        if private.size:
-            pfns = swp_offset(ptes[private])
-            if migrate.pgmap_owner is not None:
-                private, pfns = _owned(migrate, private, pfns)
-            yield _collect_pages(migrate, run, private, pfns, MIGRATE_PFN_DEVICE)
 
 
 def _owned(migrate: MigrateVma, at: Indices, pfns: Pfns) -> tuple[Indices, Pfns]:

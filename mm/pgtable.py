@@ -45,6 +45,7 @@ _PAGE_DEVMAP: Final = BIT(58)
 _PAGE_NX: Final = BIT(63)
 _PAGE_TABLE: Final = _PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_ACCESSED | _PAGE_DIRTY
 
+_PRESENT: Final = _PAGE_PRESENT | _PAGE_PROTNONE
 PTE_PFN_MASK: Final = np.uint64(((1 << 52) - 1) & ~(PAGE_SIZE - 1))
 _SHIFT: Final = np.uint64(PAGE_SHIFT)
 _FEW_PAGES: Final = 8  # in a row from one table, on average: then look each table up once
@@ -57,7 +58,7 @@ def pte_none(ptes: Ptes) -> Mask:
 
 def pte_present(ptes: Ptes) -> Mask:
     """True where a frame is mapped, PROT_NONE included. Linux: pte_present(), asm/pgtable.h."""
-    return (ptes & (_PAGE_PRESENT | _PAGE_PROTNONE)) != 0
+    return has(ptes, _PRESENT)
 
 
 def pte_write(ptes: Ptes) -> Mask:

@@ -17,7 +17,6 @@ from mm.highmem import byte_places, memcpy_from_pages, memcpy_to_pages
 from mm.memory import handle_mm_fault
 from mm.mmap import find_vma
 from mm.page_alloc import nr_free_pages
-from mm.page_flags import NO_FLAGS
 from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DIRTY,
@@ -35,6 +34,8 @@ from mm.vectors import every, places
 Use: TypeAlias = Callable[[int, Pfns], None]
 
 BLOCK: Final = 2048  # pages that one pass faults in and touches: 8 MiB, still in cache after
+_STORE: Final = _PAGE_PRESENT | _PAGE_RW  # what a store needs of an entry, and leaves in it
+_STORED: Final = _PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
 MAX_RETRIES: Final = 1000  # faults that changed nothing, in a row, before we call it a lockup
 
 
@@ -70,8 +71,7 @@ def _use_ready(
     mm: MmStruct, addrs: Addresses, place: int, use: Use, *, write: bool
 ) -> tuple[int, Addresses]:
     """Use the leading pages that need no fault; how many, and which of the others do."""
-    need = _PAGE_PRESENT | _PAGE_RW if write else _PAGE_PRESENT
-    mark = _PAGE_ACCESSED | (_PAGE_DIRTY | _PAGE_SOFT_DIRTY if write else NO_FLAGS)
+    need, mark = (_STORE, _STORED) if write else (_PAGE_PRESENT, _PAGE_ACCESSED)
     pool = mm.mem.tables
     with mm.page_table_lock:
         at = pte_offset(pool, mm.pgd, addrs)

@@ -48,7 +48,7 @@ def rows(numbers: Indices) -> slice | Indices:
     NumPy moves a slice several times as fast as single elements. What it selects may be a view:
     whoever reads a column by it and then writes the column must be done with what was read.
     """
-    if numbers.size:
+    if numbers.size > 1:
         first, last = numbers.item(0), numbers.item(-1)
         if last - first == numbers.size - 1 and every(numbers[1:] > numbers[:-1]):
             return slice(first, last + 1)

@@ -99,6 +99,11 @@ class World:
         """What fill() wrote, by CPU loads: the first byte of each page."""
         return [self.process.read(self.at(page), 1)[0] for page in range(self.pages)]
 
+    def intact(self) -> bool:
+        """True if the CPU still reads what fill() wrote, all over each page."""
+        wrote = (np.arange(self.pages) % 251).astype(np.uint8).repeat(PAGE_SIZE)
+        return wrote.tobytes() == self.process.read(self.addr, self.nbytes)
+
     def pin(self, page: int) -> Pin:
         """Hold a reference to *page*, as direct I/O does."""
         pin = self.process.pin(self.at(page), PAGE_SIZE)

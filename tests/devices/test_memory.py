@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from devices import Driver, NumpyDevice, Stats
 from mm import (
     PAGE_SIZE,
-    BusError,
     Busy,
-    DriverBug,
     InvalidArgument,
     InvalidRange,
     OutOfMemory,
@@ -53,39 +51,6 @@ class DictDevice(Driver):
             system[row] = np.frombuffer(self.contents[page], dtype=np.uint8)
 
 
-class FailingDevice(NumpyDevice):
-    """Raises in the hook that `failing` names, once its work is done."""
-
-    failing = None
-
-    def allocate(self, npages):
-        return self._done("allocate", super().allocate(npages))
-
-    def copy_in(self, pages, system, rows):
-        self._done("copy_in", super().copy_in(pages, system, rows))
-
-    def copy_out(self, pages, system, rows):
-        return self._done("copy_out", super().copy_out(pages, system, rows))
-
-    def clear(self, pages, system):
-        self._done("clear", super().clear(pages, system))
-
-    def _done(self, hook, result):
-        if self.failing == hook:
-            raise RuntimeError(f"{hook}: link down")
-        return result
-
-
-class ForgetfulDevice(NumpyDevice):
-    """Loses the pages with the numbers in `lost`."""
-
-    lost = ()
-
-    def copy_out(self, pages, system, rows):
-        super().copy_out(pages, system, rows)
-        return np.isin(pages, self.lost)
-
-
 @pytest.fixture(params=[NumpyDevice, DictDevice], ids=["numpy", "dict"])
 def driver(request):
     return request.param
@@ -107,13 +72,6 @@ def groups_here(world):
     return np.flatnonzero(groups).tolist()
 
 
-def intact(world):
-    """True if the CPU still reads what fill() wrote, all over each page."""
-    got = np.frombuffer(world.process.read(world.addr, world.nbytes), dtype=np.uint8)
-    wrote = np.arange(world.pages, dtype=np.uint64) % np.uint64(251)
-    return bool((got.reshape(world.pages, PAGE_SIZE) == wrote[:, None]).all())
-
-
 def events(*patterns):
     """A list, and the context in which it fills with (event, fields)."""
     heard = []
@@ -129,7 +87,7 @@ class TestToDevice:
 
         assert (40, 40, {}) == (result.collected, result.migrated, result.stayed)
         assert [True] * 40 == world.on_device()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     def test_holes(self, driver):
@@ -220,7 +178,7 @@ class TestToDevice:
             result.stayed,
         )
         assert [True] * GROUP + [False] * 4 == world.on_device()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     def test_many_pieces(self):
@@ -248,7 +206,7 @@ class TestToSystem:
 
         assert (3, 3) == (result.collected, result.migrated)
         assert [True, False, False, False, True] == world.on_device()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     def test_nothing_there(self, driver):
@@ -271,7 +229,7 @@ class TestToSystem:
 
         assert (2, {"skipped": 2}) == (result.migrated, result.stayed)
         assert [True, True, False, False] == world.on_device()
-        assert intact(world)
+        assert world.intact()
 
     def test_no_system_memory(self, driver):
         """With no frame left pages stay on the device, and come once there is room."""
@@ -285,7 +243,7 @@ class TestToSystem:
 
         assert (300, 0, {"not_chosen": 300}) == (full.collected, full.migrated, full.stayed)
         assert 300 == roomy.migrated
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
 
@@ -344,7 +302,7 @@ class TestEviction:
         to_device(world, 4 * GROUP, GROUP)
 
         assert [0, 1, 3, 4] == groups_here(world)
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     @given(wanted=st.lists(st.integers(0, 4), max_size=12))
@@ -357,7 +315,7 @@ class TestEviction:
                 queue = [*queue[-2:], group]
                 to_device(world, group * GROUP, GROUP)
         assert sorted(queue) == groups_here(world)
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     @pytest.mark.parametrize(("chunk", "evicted"), [("64KiB", 16), ("256KiB", 64), ("2MiB", 512)])
@@ -406,7 +364,7 @@ class TestEviction:
         world.gpu.make_room(1_000)
 
         assert [False] * GROUP == world.on_device()
-        assert intact(world)
+        assert world.intact()
 
     def test_two_processes(self, driver):
         """A chunk leaves with the pages of all processes that share it."""
@@ -421,7 +379,7 @@ class TestEviction:
 
         assert (16, 16) == (result.collected, result.migrated)
         assert b"other" == other.read(addr, 5)
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     def test_far_apart(self, driver):
@@ -451,7 +409,7 @@ class TestEviction:
         assert [2] == groups_here(world)
         assert [3] == [page for page in range(2 * GROUP) if world.on_device()[page]]
         held.release()
-        assert intact(world)
+        assert world.intact()
 
     def test_no_system_memory(self, driver):
         """What cannot leave stays; what should come stays where it is."""
@@ -464,7 +422,7 @@ class TestEviction:
         assert {"not_chosen": 44} == result.stayed
         assert [True] * 256 + [False] * 44 == world.on_device()
         hog.exit()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
 
@@ -480,7 +438,7 @@ class TestCpuFault:
 
         assert {"device_private_faults": 1} == delta
         assert [True, True, False, True, True] == world.on_device()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     def test_store(self, driver):
@@ -526,7 +484,7 @@ class TestCpuFault:
 
         assert [True] * 300 == world.on_device()
         hog.exit()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
 
@@ -539,7 +497,7 @@ class TestNeighbours:
         world.process.read(world.at(21), 1)
 
         assert [True] * 16 + [False] * 16 + [True] * 16 == world.on_device()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     def test_faulting_page_first(self, driver):
@@ -576,7 +534,7 @@ class TestNeighbours:
         assert not world.on_device()[7]
         assert sum(world.on_device()) > 290
         hog.exit()
-        assert intact(world)
+        assert world.intact()
 
 
 class TestFree:
@@ -620,7 +578,7 @@ class TestClose:
         world.gpu.close()
 
         assert [False] * 40 == world.on_device()
-        assert intact(world)
+        assert world.intact()
         assert [] == world.machine.mem.device_pgds
         world.machine.verify()
 
@@ -636,7 +594,7 @@ class TestClose:
         assert [False, False, True, False] == world.on_device()
         world.machine.verify()
         held.release()
-        assert intact(world)
+        assert world.intact()
         assert 4 == to_device(world).migrated
 
     def test_no_system_memory(self, driver):
@@ -649,7 +607,7 @@ class TestClose:
             world.gpu.close()
 
         hog.exit()
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
 
     def test_twice(self, driver):
@@ -670,165 +628,8 @@ class TestClose:
         with pytest.raises(InvalidArgument, match="closed"):
             to_device(world)
 
-        assert intact(world)
+        assert world.intact()
         world.machine.verify()
-
-
-class TestFailingHook:
-    @pytest.mark.parametrize("hook", ["allocate", "copy_in", "clear"])
-    def test_on_the_way_in(self, hook):
-        """What a hook raises reaches the caller, and every page is back where it was."""
-        world = mapped_range(pages=8, driver=FailingDevice)
-        world.process.munmap(world.at(3), PAGE_SIZE)
-        world.process.mmap(PAGE_SIZE, addr=world.at(3))  # a hole among the pages
-        world.gpu.failing = hook
-
-        with pytest.raises(RuntimeError, match=f"{hook}: link down"):
-            to_device(world)
-
-        assert [False] * 8 == world.on_device()
-        assert world.gpu.npages == world.gpu.chunks.free_pages
-        assert [0, 1, 2, 0, 4, 5, 6, 7] == world.contents()
-        world.machine.verify()
-
-    @pytest.mark.parametrize("way", ["to_system", "cpu", "evict", "close"])
-    def test_on_the_way_back(self, way):
-        """What copy_out raises reaches the caller; the pages stay where they are."""
-        world = mapped_range(driver=FailingDevice)
-        to_device(world)
-        world.gpu.failing = "copy_out"
-        back = {
-            "to_system": lambda: to_system(world),
-            "cpu": world.contents,
-            "evict": lambda: world.gpu.make_room(world.gpu.npages),
-            "close": world.gpu.close,
-        }
-
-        with pytest.raises(RuntimeError, match="copy_out: link down"):
-            back[way]()
-
-        assert [True] * 5 == world.on_device()
-        world.machine.verify()
-        world.gpu.failing = None
-        assert intact(world)
-
-    def test_while_making_room(self):
-        """Where an eviction fails the newcomer stays where it is, and so does the oldest."""
-        world = mapped_range(pages=2 * GROUP, memory="64KiB", driver=FailingDevice)
-        to_device(world, pages=GROUP)
-        world.gpu.failing = "copy_out"
-
-        with pytest.raises(RuntimeError, match="copy_out: link down"):
-            to_device(world, first=GROUP, pages=GROUP)
-
-        assert [0] == groups_here(world)
-        world.machine.verify()
-        world.gpu.failing = None
-        assert intact(world)
-
-
-class TestLostPages:
-    @pytest.mark.parametrize("way", ["to_system", "cpu", "evict"])
-    def test_bus_error(self, way):
-        """Pages that the device lost give a BusError; the others come back."""
-        world = mapped_range(driver=ForgetfulDevice)
-        to_device(world)
-        world.gpu.lost = (1, 4)
-        if way == "to_system":
-            to_system(world)
-        elif way == "evict":
-            world.gpu.make_room(world.gpu.npages)
-
-        for page in (1, 4):
-            with pytest.raises(BusError, match=f"contents.*{world.at(page):#x} are lost"):
-                world.process.read(world.at(page), 1)
-
-        assert [0, 2, 3] == [world.process.read(world.at(page), 1)[0] for page in (0, 2, 3)]
-        world.machine.verify()
-
-    def test_result(self):
-        """The result says how many were lost, and their memory is the device's again."""
-        world = mapped_range(driver=ForgetfulDevice)
-        to_device(world)
-        world.gpu.lost = (1, 4)
-
-        result = to_system(world)
-
-        assert (5, 3, {"lost": 2}) == (result.collected, result.migrated, result.stayed)
-        assert world.gpu.npages == world.gpu.chunks.free_pages
-        world.machine.verify()
-
-    def test_device_loses_it_too(self):
-        """The device cannot reach what it lost: the page behind it may be somebody else's."""
-        world = mapped_range(driver=ForgetfulDevice)
-        to_device(world)
-        world.gpu.lost = (1,)
-
-        to_system(world)
-
-        assert in_step(world.gpu)
-        with pytest.raises(BusError, match=f"numpy0.*{world.at(1):#x} are lost"):
-            world.gpu.read(world.process, world.at(1), 1)
-
-    def test_no_way_back_to_the_device(self):
-        """A lost page cannot be migrated."""
-        world = mapped_range(driver=ForgetfulDevice)
-        to_device(world)
-        world.gpu.lost = (1,)
-        to_system(world)
-
-        result = to_device(world)
-
-        assert (4, {"skipped": 1}) == (result.migrated, result.stayed)
-        assert [True, False, True, True, True] == world.on_device()
-        world.machine.verify()
-
-    def test_unmapped(self):
-        """Where the lost page was there can be a new one."""
-        world = mapped_range(driver=ForgetfulDevice)
-        to_device(world)
-        world.gpu.lost = (1,)
-        to_system(world)
-
-        world.process.mmap(PAGE_SIZE, addr=world.at(1))
-
-        assert [0, 0, 2, 3, 4] == world.contents()
-        world.machine.verify()
-
-
-WRONG_PAGES = {
-    "twice": lambda pages: [pages[0], *pages[:-1]],
-    "in use": lambda pages: [0, *pages[1:]],
-    "too many": lambda pages: [*pages, 12],
-    "outside": lambda pages: [*pages[:-1], 16],
-    "negative": lambda pages: [-1, *pages[1:]],
-}
-
-
-class WrongDevice(NumpyDevice):
-    """Gives pages that are *wrong* in place of the free ones."""
-
-    wrong = None
-
-    def allocate(self, npages):
-        pages = super().allocate(npages).tolist()
-        return np.array(self.wrong(pages) if self.wrong else pages, dtype=np.int64)
-
-
-class TestWrongAllocate:
-    @pytest.mark.parametrize("wrong", list(WRONG_PAGES.values()), ids=list(WRONG_PAGES))
-    def test_driver_bug(self, wrong):
-        """A driver that gives pages which it may not give is told so, and nothing is lost."""
-        world = mapped_range(memory="64KiB", driver=WrongDevice)
-        to_device(world, pages=1)
-        world.gpu.wrong = wrong
-
-        with pytest.raises(DriverBug):
-            to_device(world, first=1, pages=4)
-
-        assert [True] + [False] * 4 == world.on_device()
-        world.machine.verify()
-        assert intact(world)
 
 
 class TestWithoutContents:

@@ -588,9 +588,8 @@ class TestPageState:
         world.write_protect(1, 3)
         world.clear_refs(2, 3)
         before = [(entry.write, entry.soft_dirty) for entry in entries(world)]
-        seen = []
 
-        migrate(world, mapping=lambda src, dst: seen.extend(kinds(world)))
+        migrate(world)
         away = [(entry.write, entry.soft_dirty) for entry in entries(world)]
         migrate(world, back=True)
 
@@ -634,8 +633,7 @@ class TestPageState:
         """The LRU list that a page belongs on is remembered in device memory."""
         world = mapped_range(pages=2)
         flags = world.machine.mem.flags
-        flags[world.pfns()[1:]] &= ~PG_active
-        world.machine.mem.vmstat.add("nr_active_anon", 0)
+        flags[world.pfns()[1:]] &= ~PG_active  # it is on its way to a list, not on one
 
         migrate(world)
         migrate(world, back=True)
