@@ -360,7 +360,9 @@ class DeviceMemory(ABC):
             for piece in pieces(addrs[1:] > addrs[:-1] + PMD_SIZE, addrs.size):
                 near = addrs[piece]
                 for vma in vmas_in(mm, near.item(0), near.item(-1) + PAGE_SIZE):
-                    here = near[(near >= vma.vm_start) & (near < vma.vm_end)]
+                    here = near
+                    if near.item(0) < vma.vm_start or near.item(-1) >= vma.vm_end:
+                        here = near[(near >= vma.vm_start) & (near < vma.vm_end)]
                     if here.size:
                         start, end = here.item(0), here.item(-1) + PAGE_SIZE
                         self._migrate(vma, start, end, direction, moved, _mask(here, start, end))

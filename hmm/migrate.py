@@ -77,8 +77,11 @@ from mm.swap import (
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma, page_anon, vma_is_anonymous
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, pages
+from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns
 from mm.vectors import distinct, every, has, joined, places, rows, some
+
+_WORD: Final = np.dtype(np.uint64)
+_FLAG: Final = np.dtype(np.bool_)
 
 mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
@@ -130,8 +133,8 @@ class MigrateVma:
 
     The stages hand on what they found, so that none decodes src again: `entries` are the places
     with a page that can still move, `pfns` those pages, `late` the places among them whose lock
-    collect did not get, `holes` the places that the device may populate, and `moved` says for
-    each of `entries` whether dst has taken its place.
+    collect did not get, `holes` the places that the device may populate; `system` says whether
+    any page is in system memory, and `moved` for each of `entries` whether dst took its place.
     """
 
     vma: Vma
@@ -148,11 +151,12 @@ class MigrateVma:
     late: Indices = field(init=False)
     holes: Indices = field(init=False)
     moved: Mask = field(init=False)
+    system: bool = True
 
     def __post_init__(self) -> None:
         self.stayed = np.full(self.npages, Stayed.SKIPPED, dtype=np.uint8)
-        self.entries = self.pfns = self.late = self.holes = pages()
-        self.moved = np.zeros(0, dtype=np.bool_)
+        self.entries = self.pfns = self.late = self.holes = NO_PAGES
+        self.moved = NO_PAGES.astype(np.bool_)
 
     @property
     def mem(self) -> MemMap:
@@ -199,17 +203,17 @@ def migrate_vma_collect(migrate: MigrateVma) -> None:
                 found += _collect_run(migrate, run)
     migrate.entries = joined([kind.entries for kind in found])
     migrate.pfns = joined([kind.pfns for kind in found])
-    migrate.late = joined([kind.entries[~kind.locked] for kind in found])
+    migrate.late = joined([kind.late for kind in found])
     if mm_migrate_vma_collect:
         mm_migrate_vma_collect(process=mm.name, start=start, end=end, cpages=migrate.cpages)
 
 
 class _Collected(NamedTuple):
-    """Pages of one kind in one run: their places in the range, and whose lock we have."""
+    """Pages of one kind in one run: their places in the range, and where the lock is missing."""
 
     entries: Indices
     pfns: Pfns
-    locked: Mask
+    late: Indices
 
 
 def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
@@ -281,10 +285,10 @@ def _collect_pages(
     # The reference that the mapping of a locked page held becomes the migration's.
     if every(locked):
         ptes[at] = unmap_to_migration_entries(mem, found, pfns)
-    else:
-        get_page(mem, pfns[~locked])
-        ptes[at[locked]] = unmap_to_migration_entries(mem, found[locked], pfns[locked])
-    return _Collected(entries, pfns, locked)
+        return _Collected(entries, pfns, NO_PAGES)
+    get_page(mem, pfns[~locked])
+    ptes[at[locked]] = unmap_to_migration_entries(mem, found[locked], pfns[locked])
+    return _Collected(entries, pfns, entries[~locked])
 
 
 # prepare
@@ -298,9 +302,10 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
     preempt("migrate_vma_prepare")
     if migrate.late.size:
         _lock_late(migrate)
-    if not every(migrate.mem.is_zone_device_page(migrate.pfns)):
+    migrate.system = not every(migrate.mem.is_zone_device_page(migrate.pfns))
+    if migrate.system:
         _isolate(migrate)
-    _restore_pinned(migrate)
+        _restore_pinned(migrate)
 
 
 def _lock_late(migrate: MigrateVma) -> None:
@@ -383,7 +388,8 @@ def migrate_vma_unmap(migrate: MigrateVma) -> None:
         mapped = page_mapped(mem, migrate.pfns)
         if some(mapped):
             _restore(migrate, mapped, Stayed.MAPPED)
-    _restore_pinned(migrate)
+    if migrate.system:
+        _restore_pinned(migrate)
 
 
 def migrate_vma_setup(migrate: MigrateVma) -> int:
@@ -405,29 +411,35 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
 
 def _check_arguments(migrate: MigrateVma) -> None:
     vma, start, end = migrate.vma, migrate.start, migrate.end
-    what = f"migrate_vma: [{start:#x}, {end:#x})"
     if start % PAGE_SIZE or end % PAGE_SIZE or start >= end:
-        raise InvalidRange(f"{what} is not a range of whole pages; start must be below end")
+        raise InvalidRange(
+            f"migrate_vma: [{start:#x}, {end:#x}) is not a range of whole pages, start below end"
+        )
     if vma.vm_flags & (VM_SPECIAL | VM_HUGETLB):
-        raise InvalidArgument(f"{what}: {vma!r} is hugetlb or a driver's own (VM_SPECIAL)")
+        raise InvalidArgument(
+            f"migrate_vma: {vma!r} is hugetlb or a driver's own (VM_SPECIAL); no page of it moves"
+        )
     if start < vma.vm_start or end > vma.vm_end:
         raise InvalidRange(
-            f"{what} is not inside its VMA [{vma.vm_start:#x}, {vma.vm_end:#x}); "
-            f"migrate one VMA at a time"
+            f"migrate_vma: [{start:#x}, {end:#x}) is not inside its VMA "
+            f"[{vma.vm_start:#x}, {vma.vm_end:#x}); migrate one VMA at a time"
         )
-    for name, words in (("src", migrate.src), ("dst", migrate.dst)):
-        _check_vector(f"{what}: {name}", words, migrate.npages, np.dtype(np.uint64))
+    _check_vector("src", migrate.src, migrate.npages, _WORD)
+    _check_vector("dst", migrate.dst, migrate.npages, _WORD)
     if migrate.wanted is not None:
-        _check_vector(f"{what}: wanted", migrate.wanted, migrate.npages, np.dtype(np.bool_))
+        _check_vector("wanted", migrate.wanted, migrate.npages, _FLAG)
     if not vma.vm_mm.mmap_sem.held():
-        raise InvalidArgument(f"{what}: hold mmap_sem for read until migrate_vma_finalize()")
+        raise InvalidArgument(
+            f"migrate_vma: [{start:#x}, {end:#x}): hold mmap_sem for read until "
+            f"migrate_vma_finalize()"
+        )
 
 
-def _check_vector(what: str, vector: object, size: int, dtype: np.dtype[Any]) -> None:
+def _check_vector(name: str, vector: object, size: int, dtype: np.dtype[Any]) -> None:
     if isinstance(vector, np.ndarray) and vector.dtype == dtype and vector.shape == (size,):
         return
     got = f"{vector.dtype}{list(vector.shape)}" if isinstance(vector, np.ndarray) else repr(vector)
-    raise InvalidArgument(f"{what} must be a NumPy array {dtype}[{size}], got {got}")
+    raise InvalidArgument(f"migrate_vma: {name} must be a NumPy array {dtype}[{size}], got {got}")
 
 
 # pages

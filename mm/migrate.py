@@ -45,7 +45,7 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.i
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
         mem.flags[moved_new] |= mem.flags[moved_old] & PG_swapbacked
-    return np.where(alone, 0, -errno.EAGAIN).astype(np.int32)
+    return ~alone * np.int32(-errno.EAGAIN)
 
 
 def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:

@@ -108,10 +108,15 @@ def _by_list(
 
 def lru_cache_add(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Put *pfns* in the CPU's pagevec, on their way to a list. Linux: lru_cache_add()."""
+    get_page(mem, pfns)
+    _pagevec_add(mem, pfns, cpu)
+
+
+def _pagevec_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
+    """Hand a reference to each of *pfns* to the CPU's pagevec. Linux: pagevec_add()."""
     if not pfns.size:
         return
     pagevec = mem.pagevecs[cpu]
-    get_page(mem, pfns)
     pagevec.push(pfns)
     full = pagevec.size - pagevec.size % PAGEVEC_SIZE
     if full:
@@ -197,5 +202,4 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
 
 def putback_lru_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Undo isolate_lru_page(): back on a list, without the reference. Linux: mm/vmscan.c."""
-    lru_cache_add(mem, pfns, cpu)
-    put_page(mem, pfns, cpu)
+    _pagevec_add(mem, pfns, cpu)  # with the reference that isolation took

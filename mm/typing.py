@@ -18,6 +18,9 @@ Mask: TypeAlias = NDArray[np.bool_]
 Payload: TypeAlias = NDArray[np.uint8]  # contents, uint8[pages, 4096]
 
 
+NO_PAGES: Final = np.empty(0, dtype=np.int64)
+
+
 def pages(*numbers: int) -> Pfns:
     """A vector of *numbers*, for the places where one page is at hand rather than many."""
     return np.array(numbers, dtype=np.int64)

@@ -64,7 +64,7 @@ class Run:
 Scenario = Callable[[Run, Callable[..., list]], None]
 
 
-def every_order(scenario: Scenario, *, preemptions: int = 1, **options) -> None:
+def every_order(scenario: Scenario, *, preemptions: int = 2, **options) -> None:
     """Run *scenario* under every schedule with at most so many preemptions, all in one world."""
     world = mapped_range(1, filled=False, nodes=("2MiB",), memory="64KiB", **options)
 

@@ -268,7 +268,7 @@ class TestFaults:
         array = process().array((1 << 20, 1 << 20), "f4")
 
         array[5, 7] = 1.0
-        array[-1, ::1 << 18] = 2.0
+        array[-1, :: 1 << 18] = 2.0
 
         assert (1.0, 8.0) == (array[5, 5:9].sum(), array[-1, :: 1 << 18].sum())
         assert 5 == array.mm.anon_rss

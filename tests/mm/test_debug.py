@@ -234,8 +234,8 @@ class TestLists:
         """A page with PG_lru stands in the log of its list."""
         items = world.machine.mem.nodes[0].lruvec[Lru.ACTIVE_ANON]
 
-        with spoiled_attribute(items, "size", items.size - 1):
-            assert "lru_stamp" in named(world.machine)
+        with spoiled_attribute(items, "size", 0):
+            assert {"lru_stamp"} == named(world.machine)
 
     def test_page_twice_on_a_list(self, world):
         """And only once."""
@@ -379,9 +379,7 @@ class TestTables:
         used = int(np.flatnonzero(pool.row(mm.pgd))[0])
 
         with spoiled(pool.row(other.mm.pgd), used, pool.row(mm.pgd)[used]):
-            found = named(world.machine)
-
-        assert {"page table", "mapcount", "refcount"} <= found
+            assert {"page table"} == named(world.machine)
 
     def test_row_that_does_not_exist(self, world):
         """An upper entry beyond the pool is a complaint, not a crash."""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from devices import NumpyDevice
 from mm import BusError, OutOfMemory, SegmentationFault
 from mm.page_alloc import nr_free_pages
 from mm.pgtable import pte_special, pte_write
@@ -149,10 +150,13 @@ class TestFailure:
 
     def test_lost_page(self):
         """Contents that are lost cannot be pinned."""
+
+        class Losing(NumpyDevice):
+            def copy_out(self, pages, system, rows):
+                return rows >= 0
+
         world = mapped_range(pages=2)
-        lost = world.gpu
-        lost.copy_out = lambda pages, system, rows: rows >= 0
-        lost.to_device(world.process, world.at(1), PAGE_SIZE)
+        Losing(world.machine, "64KiB").to_device(world.process, world.at(1), PAGE_SIZE)
 
         with pytest.raises(BusError):
             world.process.pin(world.addr, world.nbytes)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from devices import NumpyDevice
 from mm import InvalidArgument, Machine
 from mm.errors import Deadlock
 from mm.typing import PAGE_SIZE
@@ -103,21 +104,18 @@ class TestCallbacks:
     """A driver that calls back into the process it works for."""
 
     def in_fault(self, call):
-        """Let *call*(process) happen while the process waits for a page from the device."""
-        world = mapped_range(pages=2)
-        world.gpu.to_device(world.process, world.addr, world.nbytes)
-        copy_out, outcomes = world.gpu.copy_out, []
+        """What *call*(world) comes to while the process waits for page 1 from the device."""
+        world, outcomes = mapped_range(pages=3), []
 
-        def copy_and_call(pages, system, rows):
-            try:
-                outcomes.append(call(world))
-            except Deadlock as error:
-                outcomes.append(error)
-            return copy_out(pages, system, rows)
+        class CallsBack(NumpyDevice):
+            def copy_out(self, pages, system, rows):
+                if not outcomes:
+                    outcomes.append(outcome_of(call, world))
+                return super().copy_out(pages, system, rows)
 
-        world.gpu.copy_out = copy_and_call
+        CallsBack(world.machine, "64KiB").to_device(world.process, world.addr, 2 * PAGE_SIZE)
         first = world.process.read(world.at(1), 1)
-        world.gpu.copy_out = copy_out
+
         assert b"\1" == first
         return outcomes[0]
 
@@ -136,16 +134,27 @@ class TestCallbacks:
 
         assert isinstance(outcome, Deadlock)
 
-    def test_touching_another_page(self):
-        """A page that does not move can be read, and faulted in."""
+    def test_reading_another_page(self):
+        """A page of the process that does not move can be read."""
+        assert b"\2" == self.in_fault(lambda world: world.process.read(world.at(2), 1))
 
-        def read_fresh_memory(world):
+    def test_touching_fresh_memory(self):
+        """And other memory can be faulted in: it is no page that the driver has mislaid."""
+
+        def write_and_read(world):
             other = world.machine.spawn("other")
             addr = other.mmap(PAGE_SIZE)
             other.write(addr, b"fresh")
             return other.read(addr, 5)
 
-        assert b"fresh" == self.in_fault(read_fresh_memory)
+        assert b"fresh" == self.in_fault(write_and_read)
+
+
+def outcome_of(call, world):
+    try:
+        return call(world)
+    except Deadlock as error:
+        return error
 
 
 class TestCpu:

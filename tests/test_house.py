@@ -1,0 +1,118 @@
+"""The house keeps itself: rules of style and structure that can be read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from mm.types import COLUMNS
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("mm", "hmm", "devices")
+MAX_LINES = 520
+
+# Public functions of mm without an original in Linux, by what they are for.
+OURS = {
+    "the rules of docs/data-model.md, checked": {
+        "debug": (
+            "verify check_zones check_free_pages check_counts check_flags check_lru check_entries "
+            "check_anon_vmas check_vmas check_tables"
+        ),
+    },
+    "vectors, where Linux has one page or a loop": {
+        "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",
+        "highmem": "stretches byte_places",
+        "mmap": "vmas_in",
+        "pgtable": "pte_tables",
+        "rmap": "contiguous_runs",
+        "swap": "lru_pages",
+        "swapops": "swp_type swp_offset",
+        "typing": "pages some every places",
+        "uaccess": "access_pages page_range gather_from_user scatter_to_user",
+    },
+    "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
+    "tracing as Python has it": {"trace": "names listen to_structlog"},
+    "interleavings for tests": {"locking": "install_scheduler"},
+    "shared by the faults and migrate_vma_insert_page()": {"memory": "anon_entries"},
+    "what Linux v4.20 promises and does not do": {"rmap": "poison_migration_ptes"},
+}
+
+
+def sources(*packages):
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def public_functions(path):
+    """{name: docstring} of the functions at the top level of a file."""
+    return {
+        node.name: ast.get_docstring(node) or ""
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+
+
+def ours(module):
+    """The functions of *module* that OURS excuses."""
+    return {name for files in OURS.values() for name in files.get(module, "").split()}
+
+
+def imported(path):
+    """The first part of every module that a file imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+class TestOriginals:
+    @pytest.mark.parametrize("path", sources("mm"), ids=name_of)
+    def test_every_public_function_names_its_original(self, path):
+        """Who knows Linux finds the function that each one stands for; ours say why they are."""
+        functions = public_functions(path)
+        nameless = {name for name, doc in functions.items() if "Linux:" not in doc}
+
+        assert set() == nameless - ours(path.stem)
+
+    def test_excuses_are_needed(self):
+        """The list holds no function that is gone, or that has found its original."""
+        modules = {module for files in OURS.values() for module in files}
+        for module in modules:
+            functions = public_functions(ROOT / "mm" / f"{module}.py")
+            assert set() == {n for n in ours(module) if "Linux:" in functions.get(n, "Linux:")}
+
+    @pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
+    def test_every_public_function_says_what_it_does(self, path):
+        """One sentence at least."""
+        assert [] == [name for name, doc in public_functions(path).items() if not doc]
+
+
+class TestDataModel:
+    @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
+    def test_every_column_is_published(self, column):
+        """The grid of docs/data-model.md has a line for it, with its type."""
+        lines = (ROOT / "docs" / "data-model.md").read_text().splitlines()
+        rows = [line for line in lines if line.startswith(f"| `{column.name}` |")]
+
+        assert 1 == len(rows)
+        assert column.dtype.__name__ in rows[0]
+
+
+class TestFiles:
+    @pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
+    def test_one_sitting(self, path):
+        """A file can be read in one sitting."""
+        assert len(path.read_text().splitlines()) <= MAX_LINES
+
+    def test_all_waiting_is_in_one_file(self):
+        """Only mm/locking.py knows threads; the others wait through it."""
+        waiting = {"threading", "_thread", "asyncio", "multiprocessing", "concurrent"}
+        found = [name_of(path) for path in sources(*PACKAGES) if imported(path) & waiting]
+
+        assert ["mm/locking.py"] == found
