@@ -15,7 +15,7 @@ import numpy as np
 
 from devices.chunks import Chunks
 from hmm.device_pgtable import DevicePageTable
-from hmm.migrate import MigrateVma, MigrateVmaSelect, migrate_vma
+from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import (
     MIGRATE_PFN_ERROR,
     MIGRATE_PFN_LOCKED,
@@ -27,12 +27,13 @@ from hmm.migrate_pfn import (
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
-from mm.errors import InvalidArgument, InvalidRange
+from hmm.migration import MigrateVma, MigrateVmaSelect
+from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.machine import Machine
 from mm.memparse import Size, format_size, memparse
-from mm.memremap import devm_memremap_pages, devm_memunmap_pages
+from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import find_vma, vmas_in
 from mm.page_alloc import alloc_pages_bulk
 from mm.pgtable import PMD_SIZE
@@ -241,6 +242,8 @@ class DeviceMemory(ABC):
         self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
     ) -> None:
         """Linux: alloc_and_copy() of struct migrate_vma_ops."""
+        # What is about to be copied may not change under the copy.
+        self.table_of(vma.vm_mm).unmap(start + (places(is_migrating(src)) << PAGE_SHIFT))
         if private is Direction.TO_DEVICE:
             self._copy_to_device(src, dst)
         else:
@@ -251,18 +254,16 @@ class DeviceMemory(ABC):
     ) -> None:
         """Linux: finalize_and_map() of struct migrate_vma_ops."""
         moved = places(is_migrating(src) & is_valid(dst))
-        addrs = start + (moved << PAGE_SHIFT)
-        table = self.table_of(vma.vm_mm)
         if private is Direction.TO_DEVICE:
             hole = ~is_valid(src[moved])
             writable = np.where(
                 hole, bool(vma.vm_flags & VM_WRITE), has(src[moved], MIGRATE_PFN_WRITE)
             )
+            table, addrs = self.table_of(vma.vm_mm), start + (moved << PAGE_SHIFT)
             with vma.vm_mm.page_table_lock:
                 table.map(addrs, migrate_pfn_to_pfn(dst[moved]), writable)
             self.stats.pages_to_device += moved.size
         else:
-            table.unmap(addrs)
             self.stats.pages_to_system += moved.size
 
     # How it is done.
@@ -277,6 +278,7 @@ class DeviceMemory(ABC):
     def _copy_to_device(self, src: MigratePfns, dst: MigratePfns) -> None:
         entries = places(is_migrating(src))
         pages = self.allocate(entries.size)
+        self._check_allocated(pages, entries.size)
         self.chunks.take(pages)
         entries = entries[: pages.size]
         self._hand_over(dst, entries, self.zone.start_pfn + pages)
@@ -291,6 +293,18 @@ class DeviceMemory(ABC):
                 rows = migrate_pfn_to_pfn(src[entries[full]])
                 self.copy_in(pages[full], self.mem.payload, rows)
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
+
+    def _check_allocated(self, pages: Indices, wanted: int) -> None:
+        """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
+        outside = (pages < 0) | (pages >= self.npages)
+        used = self.mem.refcount[self.zone.start_pfn + pages[~outside]] != FREE_REFCOUNT
+        repeated = some(pages[1:] <= pages[:-1]) and np.unique(pages).size < pages.size
+        if pages.size > wanted or some(outside) or some(used) or repeated:
+            raise DriverBug(
+                f"{self.name}: allocate({wanted}) returned {pages.size} pages, of which "
+                f"{np.count_nonzero(outside)} are not the device's, {np.count_nonzero(used)} are "
+                f"in use and {pages.size - np.unique(pages).size} are there twice"
+            )
 
     def _copy_to_system(self, src: MigratePfns, dst: MigratePfns) -> None:
         entries = places(is_migrating(src) & is_valid(src))

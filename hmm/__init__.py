@@ -4,9 +4,6 @@ Read hmm/migrate.py first; it is the five stages in the order in which they run.
 """
 
 from hmm.migrate import (
-    MigrateVma,
-    MigrateVmaOps,
-    MigrateVmaSelect,
     migrate_vma,
     migrate_vma_finalize,
     migrate_vma_pages,
@@ -24,6 +21,7 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_page,
     migrate_pfn_to_pfn,
 )
+from hmm.migration import MigrateVma, MigrateVmaOps, MigrateVmaSelect
 
 __all__ = [
     "MIGRATE_PFN_DEVICE",

@@ -18,6 +18,7 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_pfn,
 )
 from mm.errors import DriverBug
+from mm.locking import current
 from mm.page_flags import PG_locked
 from mm.types import MemMap, MemoryType
 from mm.typing import Indices, Mask, Pfns
@@ -101,7 +102,10 @@ class Contract:
         return np.where(from_device, device, ~ours[mem.zone[pfns]])
 
     def _check_leaks(self) -> None:
-        taken = places(_in_use(self.mem) & ~self.in_use_before)
+        """Pages that this thread took, and that neither dst nor a process has."""
+        mem = self.mem
+        taken = places(_in_use(mem) & ~self.in_use_before)
+        taken = taken[(mem.page_owner[taken] == current()) & (mem.mapping[taken] == 0)]
         given = migrate_pfn_to_pfn(self.dst[is_valid(self.dst)])
         leaked = np.setdiff1d(taken, given)
         if leaked.size:
@@ -148,7 +152,8 @@ def _no_page(mem: MemMap, pfns: Pfns) -> Mask:
 def _not_ours(mem: MemMap, pfns: Pfns) -> Mask:
     """Anything but one reference, the driver's."""
     base = mem.is_zone_device_page(pfns)
-    return (mem.refcount[pfns] != base + 1) | (mem.mapping[pfns] != 0)
+    taken = (mem.refcount[pfns] != base + 1) | (mem.mapping[pfns] != 0)
+    return taken | (pfns == mem.zero_pfn)
 
 
 def _in_use(mem: MemMap) -> NDArray[np.bool_]:

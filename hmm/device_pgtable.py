@@ -50,7 +50,7 @@ class DevicePageTable:
         self.pool.entries[at] = mk_pte(pfns, _PAGE_PRESENT) | writable * _PAGE_RW
 
     def unmap(self, addrs: Addresses) -> None:
-        """Forget *addrs*, which the device has migrated away itself."""
+        """Forget *addrs*, which the device is about to migrate itself."""
         with self.mm.page_table_lock:
             at = pte_offset(self.pool, self.pgd, addrs)
             mapped = at[self.pool.entries[at] != 0]

@@ -21,12 +21,9 @@ device may populate.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import IntFlag
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hmm.contract import Contract, usable_destinations
 from hmm.migrate_pfn import (
@@ -34,15 +31,23 @@ from hmm.migrate_pfn import (
     MIGRATE_PFN_ERROR,
     MIGRATE_PFN_LOCKED,
     MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
-    STAYED_ERRNO,
     MigratePfns,
     Stayed,
     is_valid,
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
-from mm.errors import InvalidArgument, InvalidRange
+from hmm.migration import (
+    SELECT_ALL,
+    SELECT_DEVICE_PRIVATE,
+    SELECT_SYSTEM,
+    MigrateVma,
+    MigrateVmaOps,
+    check_arguments,
+)
+from mm.errors import OutOfMemory
 from mm.filemap import trylock_page, unlock_page
 from mm.locking import preempt
 from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
@@ -76,113 +81,12 @@ from mm.swap import (
 )
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
-from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma, page_anon, vma_is_anonymous
+from mm.types import MemMap, Vma, page_anon, vma_is_anonymous
 from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns
 from mm.vectors import distinct, every, has, joined, places, rows, some
 
-_WORD: Final = np.dtype(np.uint64)
-_FLAG: Final = np.dtype(np.bool_)
-
 mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
-
-
-class MigrateVmaSelect(IntFlag):
-    """Which pages to collect; holes always are. Linux: enum migrate_vma_direction, v5.9."""
-
-    SYSTEM = 1
-    DEVICE_PRIVATE = 2
-
-
-# As plain ints, whose `&` is fifty times as fast.
-_SYSTEM, _DEVICE_PRIVATE = int(MigrateVmaSelect.SYSTEM), int(MigrateVmaSelect.DEVICE_PRIVATE)
-_EVERYTHING: Final = _SYSTEM | _DEVICE_PRIVATE
-
-
-class MigrateVmaOps(Protocol):
-    """A driver's part of a migration. Linux: struct migrate_vma_ops, include/linux/migrate.h."""
-
-    def alloc_and_copy(
-        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
-    ) -> None:
-        """Choose a destination for entries with MIGRATE in *src*, copy, and name it in *dst*.
-
-        Each page in *dst* is the driver's alone, locked, and written as
-        `migrate_pfn(pfn) | MIGRATE_PFN_LOCKED`; 0 leaves the page where it is; and
-        MIGRATE_PFN_ERROR gives its contents up for lost. *src* may only be read.
-        """
-
-    def finalize_and_map(
-        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
-    ) -> None:
-        """See in *src* what moved (MIGRATE still set) and update the device's page table.
-
-        Both pages are still locked, and the process cannot reach either. Both vectors may only
-        be read.
-        """
-
-
-@dataclass(slots=True, eq=False)
-class MigrateVma:
-    """One migration under way, and its result. Linux: struct migrate_vma.
-
-    src, dst: uint64[npages], what the driver sees. pgmap_owner: whose device pages to collect,
-    and whose own invalidations these are; None collects those of any device, as v4.20 does.
-    wanted: pages of the range to consider, all if None (ours: it makes one call of a scattered
-    set of pages).
-
-    The stages hand on what they found, so that none decodes src again: `entries` are the places
-    with a page that can still move, `pfns` those pages, `late` the places among them whose lock
-    collect did not get, `holes` the places that the device may populate; `system` says whether
-    any page is in system memory, and `moved` for each of `entries` whether dst took its place.
-    """
-
-    vma: Vma
-    start: int
-    end: int
-    src: MigratePfns
-    dst: MigratePfns
-    select: int = _EVERYTHING
-    pgmap_owner: object = None
-    wanted: Mask | None = None
-    stayed: NDArray[np.uint8] = field(init=False)  # a `Stayed` for each page
-    entries: Indices = field(init=False)
-    pfns: Pfns = field(init=False)
-    late: Indices = field(init=False)
-    holes: Indices = field(init=False)
-    moved: Mask = field(init=False)
-    system: bool = True
-
-    def __post_init__(self) -> None:
-        self.stayed = np.full(self.npages, Stayed.SKIPPED, dtype=np.uint8)
-        self.entries = self.pfns = self.late = self.holes = NO_PAGES
-        self.moved = NO_PAGES.astype(np.bool_)
-
-    @property
-    def mem(self) -> MemMap:
-        """The machine's memory."""
-        return self.vma.vm_mm.mem
-
-    @property
-    def npages(self) -> int:
-        """Pages of the range."""
-        return (self.end - self.start) >> PAGE_SHIFT
-
-    @property
-    def cpages(self) -> int:
-        """Entries that can still move, or have moved, holes included."""
-        return int(np.count_nonzero(self.src & MIGRATE_PFN_MIGRATE))
-
-    @property
-    def status(self) -> NDArray[np.int32]:
-        """0 for each page that moved, or a negative errno."""
-        return STAYED_ERRNO[self.stayed]
-
-    def drop(self, entries: Indices, why: Stayed) -> None:
-        """Say that *entries* stay."""
-        if entries.size:
-            self.src[entries] &= ~MIGRATE_PFN_MIGRATE
-            self.stayed[entries] = why
 
 
 # collect
@@ -195,6 +99,7 @@ def migrate_vma_collect(migrate: MigrateVma) -> None:
     """
     mm = migrate.vma.vm_mm
     start, end = migrate.start, migrate.end
+    migrate.stayed = np.full(migrate.npages, Stayed.SKIPPED, dtype=np.uint8)
     found: list[_Collected] = []
     with mmu_notifier_range(mm, start, end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner):
         for run in walk_page_range(mm.mem.tables, mm.pgd, start, end):
@@ -224,11 +129,11 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
         present = pte_present(ptes)
         zero = present & pte_special(ptes)
         _collect_holes(migrate, run, pte_none(ptes) | zero)
-        if migrate.select & _SYSTEM:
+        if migrate.select & SELECT_SYSTEM:
             system = places(_wanted(migrate, run, present ^ zero))
             if system.size:
                 yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), NO_FLAGS)
-    if migrate.select & _DEVICE_PRIVATE:
+    if migrate.select & SELECT_DEVICE_PRIVATE:
         at = places(_wanted(migrate, run, private))
         if at.size:
             pfns = swp_offset(ptes[at])
@@ -398,7 +303,7 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
     The caller holds mmap_sem of the VMA's mm from here until migrate_vma_finalize().
     Raises InvalidArgument, InvalidRange. Linux: migrate_vma_setup(), v5.4.
     """
-    _check_arguments(migrate)
+    check_arguments(migrate)
     migrate.src[:] = 0
     migrate.dst[:] = 0
     migrate_vma_collect(migrate)
@@ -407,39 +312,6 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
     if migrate.entries.size:
         migrate_vma_unmap(migrate)
     return migrate.cpages
-
-
-def _check_arguments(migrate: MigrateVma) -> None:
-    vma, start, end = migrate.vma, migrate.start, migrate.end
-    if start % PAGE_SIZE or end % PAGE_SIZE or start >= end:
-        raise InvalidRange(
-            f"migrate_vma: [{start:#x}, {end:#x}) is not a range of whole pages, start below end"
-        )
-    if vma.vm_flags & (VM_SPECIAL | VM_HUGETLB):
-        raise InvalidArgument(
-            f"migrate_vma: {vma!r} is hugetlb or a driver's own (VM_SPECIAL); no page of it moves"
-        )
-    if start < vma.vm_start or end > vma.vm_end:
-        raise InvalidRange(
-            f"migrate_vma: [{start:#x}, {end:#x}) is not inside its VMA "
-            f"[{vma.vm_start:#x}, {vma.vm_end:#x}); migrate one VMA at a time"
-        )
-    _check_vector("src", migrate.src, migrate.npages, _WORD)
-    _check_vector("dst", migrate.dst, migrate.npages, _WORD)
-    if migrate.wanted is not None:
-        _check_vector("wanted", migrate.wanted, migrate.npages, _FLAG)
-    if not vma.vm_mm.mmap_sem.held():
-        raise InvalidArgument(
-            f"migrate_vma: [{start:#x}, {end:#x}): hold mmap_sem for read until "
-            f"migrate_vma_finalize()"
-        )
-
-
-def _check_vector(name: str, vector: object, size: int, dtype: np.dtype[Any]) -> None:
-    if isinstance(vector, np.ndarray) and vector.dtype == dtype and vector.shape == (size,):
-        return
-    got = f"{vector.dtype}{list(vector.shape)}" if isinstance(vector, np.ndarray) else repr(vector)
-    raise InvalidArgument(f"migrate_vma: {name} must be a NumPy array {dtype}[{size}], got {got}")
 
 
 # pages
@@ -459,12 +331,10 @@ def migrate_vma_pages(migrate: MigrateVma) -> None:
             migrate_vma_insert_page(migrate, migrate.holes[given])
 
     words = dst[migrate.entries]
-    moved = is_valid(words)
+    moved = (words & (MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)) == MIGRATE_PFN_VALID
     if not every(moved):
-        lost = has(words, MIGRATE_PFN_ERROR)
         migrate.drop(migrate.entries[~moved], Stayed.NOT_CHOSEN)
-        migrate.drop(migrate.entries[lost], Stayed.LOST)
-        moved &= ~lost
+        migrate.drop(migrate.entries[has(words, MIGRATE_PFN_ERROR)], Stayed.LOST)
     if not every(page_anon(mem, migrate.pfns)):
         refused = moved & ~page_anon(mem, migrate.pfns)  # only the page cache can move its own
         migrate.drop(migrate.entries[refused], Stayed.REFUSED)
@@ -486,19 +356,26 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
     pfns = migrate_pfn_to_pfn(migrate.dst[holes])
     addrs = migrate.start + (holes << PAGE_SHIFT)
     anon_vma_prepare(vma)
-    at = pte_offset_alloc(mm, addrs)
-    start = addrs.item(0)
-    with mmu_notifier_range(mm, start, migrate.end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner):
+    try:
+        at = pte_offset_alloc(mm, addrs)
+    except OutOfMemory:
+        migrate.drop(holes, Stayed.NO_TABLE)
+        return
+    with mmu_notifier_range(
+        mm, addrs.item(0), migrate.end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner
+    ):
         with mm.page_table_lock:
             ptes = mem.tables.entries[at]
             empty = pte_none(ptes) | (pte_present(ptes) & pte_special(ptes))
-            mapped = pfns[empty]
-            get_page(mem, mapped)
-            mem.flags[mapped] |= PG_uptodate
-            page_add_new_anon_rmap(vma, mapped, addrs[empty])
-            mm.anon_rss += mapped.size
-            mem.tables.entries[at[empty]] = anon_entries(vma, mapped)
-        lru_cache_add_active(mem, mapped[~mem.is_zone_device_page(mapped)])
+            device = mem.is_zone_device_page(pfns)
+            for kind in (empty & device, empty & ~device):
+                mapped = pfns[kind]
+                get_page(mem, mapped)
+                mem.flags[mapped] |= PG_uptodate
+                page_add_new_anon_rmap(vma, mapped, addrs[kind])
+                mm.anon_rss += mapped.size
+                mem.tables.entries[at[kind]] = anon_entries(vma, mapped)
+        lru_cache_add_active(mem, pfns[empty & ~device])
     migrate.drop(holes[~empty], Stayed.RACED)
 
 
@@ -573,7 +450,7 @@ def migrate_vma(
     dst: MigratePfns,
     private: Any = None,
     *,
-    select: int = _EVERYTHING,
+    select: int = SELECT_ALL,
     pgmap_owner: object = None,
     wanted: Mask | None = None,
 ) -> MigrateVma:

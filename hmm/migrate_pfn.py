@@ -70,6 +70,7 @@ class Stayed(IntEnum):
     RACED = 9  # a hole that something else filled meanwhile
     LOST = 10  # the driver lost the contents (MIGRATE_PFN_ERROR)
     ABORTED = 11  # a callback raised
+    NO_TABLE = 12  # a hole for which no page table was to be had
 
     @property
     def errno(self) -> int:
@@ -90,5 +91,6 @@ _ERRNO: Final = {
     Stayed.RACED: -errno.EEXIST,
     Stayed.LOST: -errno.EIO,
     Stayed.ABORTED: -errno.ECANCELED,
+    Stayed.NO_TABLE: -errno.ENOMEM,
 }
 STAYED_ERRNO: Final = np.array([_ERRNO[reason] for reason in Stayed], dtype=np.int32)

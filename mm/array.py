@@ -79,7 +79,7 @@ class ProcessArray:
     def _select(self, key: Any) -> _Selection:
         """What *key* selects, by letting NumPy index an array of the same layout."""
         parts = key if isinstance(key, tuple) else (key,)
-        if not all(isinstance(part, _BASIC) for part in parts):
+        if not all(isinstance(part, _BASIC) and not isinstance(part, bool) for part in parts):
             numbers = np.arange(self.size).reshape(self.shape)[key]
             addrs = self.addr + np.asarray(numbers) * self.dtype.itemsize
             return _Selection(self.addr, addrs.shape, contiguous=False, addrs=addrs)

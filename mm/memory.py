@@ -24,7 +24,7 @@ from mm.locking import preempt
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_alloc import alloc_pages_bulk
-from mm.page_flags import PG_active, PG_uptodate
+from mm.page_flags import PG_active, PG_locked, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_DEVMAP,
@@ -58,7 +58,7 @@ from mm.swapops import (
 from mm.trace import TracePoint
 from mm.types import VM_WRITE, MemMap, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, pages
-from mm.vectors import distinct, every, some, stretches
+from mm.vectors import distinct, every, has, some, stretches
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 
@@ -254,8 +254,16 @@ def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faul
 
 
 def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write: bool) -> Faults:
-    """Ask each device to migrate its pages back. Linux: device_private_entry_fault()."""
+    """Ask each device to migrate its pages back. Linux: device_private_entry_fault().
+
+    Unlike Linux v4.20, a page that somebody has locked is waited for (7.0 does so): the driver
+    could not lock it either, and the CPU would fault on it until the other is done.
+    """
     mem = vma.vm_mm.mem
+    locked = has(mem.flags[pfns], PG_locked)
+    if some(locked):
+        migration_entry_wait(mem, pfns[locked])
+        return np.zeros(addrs.size, dtype=np.uint16)
     mem.vmstat.add("device_private_faults", addrs.size)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     owners = mem.zone[pfns]

@@ -30,6 +30,7 @@ from mm.free_area import (
     sorted_pfns,
 )
 from mm.gfp import Gfp
+from mm.locking import current
 from mm.mmzone import DMA32_END, DMA_END, MAX_ORDER, PageStack, Zone
 from mm.page_flags import NO_FLAGS, PAGE_FLAGS_CHECK_AT_FREE, describe_flags
 from mm.trace import TracePoint
@@ -189,6 +190,8 @@ def prep_new_page(mem: MemMap, pfns: Pfns, order: int, gfp: int) -> None:
     rows = _rows_of(pfns)
     check_pages(mem, pfns, _ANY_FLAG, "allocated")
     mem.refcount[pfns[:1] if order else rows] = 1
+    if mem.debug:
+        mem.page_owner[rows] = current()
     if gfp & _ZERO:
         fill_pages(mem, pfns, 0)
 

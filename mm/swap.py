@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 
 from mm.errors import KernelBug
-from mm.locking import preempt
-from mm.memremap import free_zone_device_page
+from mm.locking import current, preempt
+from mm.memremap import FREE_REFCOUNT, free_zone_device_page
 from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
 from mm.page_alloc import free_pages_bulk
 from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
@@ -35,6 +35,9 @@ def get_page(mem: MemMap, pfns: Pfns) -> None:
     if pfns.size:
         with mem.locks.atomic:
             add_at(mem.refcount, pfns, 1)
+            if mem.debug:
+                fresh = pfns[(mem.refcount[pfns] == FREE_REFCOUNT + 1) & (pfns >= mem.max_pfn)]
+                mem.page_owner[fresh] = current()
 
 
 def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:

@@ -94,6 +94,8 @@ class MemMap:
             self.payload = np.zeros((max_pfn, PAGE_SIZE), dtype=np.uint8)
         self.zero_pfn = 0  # the frame of zeros that read faults map; set at boot
         self.debug = False  # freed frames are filled with junk, allocations are checked
+        # Thread that took each page from where it was free; kept while debugging only.
+        self.page_owner: NDArray[np.uint16] = np.zeros(limit_pfn, dtype=np.uint16)
         self.nodes: list[Node] = []
         self.zones: list[Zone | None] = [None]
         self.memory_type: NDArray[np.uint8] = np.zeros(256, dtype=np.uint8)  # by zone index

@@ -86,21 +86,21 @@ class TestDeviceMaps:
         """A page that another device takes is out of this one's table after."""
         world = full_device()
         other = NumpyDevice(world.machine, "64KiB", name="numpy1")
+        process = world.process
 
         def scenario(together):
-            with world.machine.spawn("both") as process:
-                addr = process.mmap(2 * PAGE_SIZE)
-                process.write(addr, b"old")
-                world.gpu.read(process, addr + PAGE_SIZE, 1)
+            addr = process.mmap(PAGE_SIZE)
+            process.write(addr, b"old")
 
-                together(
-                    lambda: world.gpu.read(process, addr, 3),
-                    lambda: other.to_device(process, addr, 1),
-                )
+            together(
+                lambda: world.gpu.read(process, addr, 3),
+                lambda: other.to_device(process, addr, 1),
+            )
 
-                assert in_step(world.gpu)
-                other.write(process, addr, b"new")
-                assert b"new" == world.gpu.read(process, addr, 3)
+            assert in_step(world.gpu)
+            other.write(process, addr, b"new")
+            assert b"new" == world.gpu.read(process, addr, 3)
+            process.munmap(addr, PAGE_SIZE)
 
         explore(scenario, preemptions=1)
 
@@ -123,23 +123,25 @@ class TestDeviceMaps:
 
         explore(scenario, preemptions=1)
 
+    @pytest.mark.slow
     def test_zero_page_that_a_cpu_replaces(self):
         """A CPU's first store is seen by a device that was about to map the zero page."""
         world = full_device()
 
+        process = world.process
+
         def scenario(together):
-            with world.machine.spawn("reader") as process:
-                addr = process.mmap(2 * PAGE_SIZE)
-                process.touch(addr, 2 * PAGE_SIZE, write=False)
-                world.gpu.read(process, addr + PAGE_SIZE, 1)
+            addr = process.mmap(PAGE_SIZE)
+            process.touch(addr, PAGE_SIZE, write=False)
 
-                together(
-                    lambda: world.gpu.read(process, addr, 3),
-                    lambda: process.write(addr, b"new"),
-                )
+            together(
+                lambda: world.gpu.read(process, addr, 3),
+                lambda: process.write(addr, b"new"),
+            )
 
-                assert in_step(world.gpu)
-                assert b"new" == world.gpu.read(process, addr, 3)
+            assert in_step(world.gpu)
+            assert b"new" == world.gpu.read(process, addr, 3)
+            process.munmap(addr, PAGE_SIZE)
 
         explore(scenario, preemptions=2)
 

@@ -123,6 +123,20 @@ class TestToDevice:
         assert [True] * world.pages == world.on_device()
         world.machine.verify()
 
+    @given(there=st.sets(st.integers(0, 79)), first=st.integers(0, 16))
+    def test_whole_where_it_fits(self, there, first):
+        """A range that the device has memory for is all there, whatever was there before."""
+        world = mapped_range(pages=80, memory="256KiB", chunk="64KiB")
+        for page in sorted(there, key=lambda page: page * 37 % 80):
+            to_device(world, page, 1)
+
+        result = to_device(world, first, 64)
+
+        assert {"skipped"} >= set(result.stayed)
+        assert [first <= page < first + 64 for page in range(80)] == world.on_device()
+        assert world.intact()
+        world.machine.verify()
+
     def test_parts_of_pages(self, driver):
         """A range that begins and ends inside pages takes both whole."""
         world = mapped_range(pages=4, driver=driver)

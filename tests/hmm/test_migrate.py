@@ -35,7 +35,8 @@ from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_register
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_active, PG_dirty, PG_locked
-from mm.types import VM_DONTEXPAND, VM_HUGETLB, VM_IO, VM_MIXEDMAP, VM_PFNMAP
+from mm.trace import listen
+from mm.types import PAGE_MAPPING_ANON, VM_DONTEXPAND, VM_HUGETLB, VM_IO, VM_MIXEDMAP, VM_PFNMAP
 from tests.hmm.callbacks import Callbacks, instead, look_on, migrate, migrate_with, raises
 from tests.reference.state import Entry, decode, page_table_word
 from tests.world import SOMEBODY_ELSE, mapped_range
@@ -191,10 +192,10 @@ class TestArguments:
     def test_stages_want_the_lock(self):
         """Who runs the stages by hand must hold mmap_sem all the while."""
         world = mapped_range(pages=5)
-        src, dst = np.zeros((2, 5), dtype=np.uint64)
+        migration, _ = in_hand(world)
 
         with pytest.raises(InvalidArgument, match="mmap_sem"):
-            migrate_vma_setup(MigrateVma(world.vma, world.addr, world.at(5), src, dst))
+            migrate_vma_setup(migration)
 
 
 class TestCallbacks:
@@ -531,8 +532,7 @@ class TestInTheWay:
         world = mapped_range(pages=3)
         world.lock(page=1)
         seen = []
-        src, dst = np.zeros((2, 3), dtype=np.uint64)
-        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
+        migration, _ = in_hand(world)
 
         with world.process.mm.mmap_sem.read():
             migrate_vma_collect(migration)
@@ -569,6 +569,48 @@ class TestInTheWay:
 
         assert (4, [True] * 4) == (result.cpages, world.on_device())
         assert [0, 1, 2, 3] == world.contents()
+
+    def test_mapping_that_cannot_be_found(self):
+        """A page that stays mapped, whatever its rmap says, stays."""
+        world = mapped_range(pages=2)
+        mem, pfn = world.machine.mem, world.pfns().item(1)
+        world.hold(pfn)
+        mem.mapcount[pfn] += 1
+
+        result = migrate(world)
+
+        mem.mapcount[pfn] -= 1
+        assert ["NO", "MAPPED"] == reasons(result)
+        assert ([True, False], [0, 1]) == (world.on_device(), world.contents())
+
+    def test_page_of_no_process(self):
+        """A page that is not anonymous does not go to a device."""
+        world = mapped_range(pages=2)
+        mem, pfn = world.machine.mem, world.pfns().item(1)
+        migration, arguments = in_hand(world)
+
+        with world.process.mm.mmap_sem.read():
+            migrate_vma_setup(migration)
+            world.gpu.alloc_and_copy(*arguments)
+            mem.mapping[pfn] &= ~PAGE_MAPPING_ANON
+            migrate_vma_pages(migration)
+            mem.mapping[pfn] |= PAGE_MAPPING_ANON
+            world.gpu.finalize_and_map(*arguments)
+            migrate_vma_finalize(migration)
+
+        assert ["NO", "REFUSED"] == reasons(migration)
+        assert ([True, False], [0, 1]) == (world.on_device(), world.contents())
+
+    def test_holes_of_a_file(self):
+        """What a file has not been read into is no hole; the private pages on it migrate."""
+        world = mapped_range(pages=3, filled=False)
+        world.process.write(world.at(1), b"x")
+        world.vma.vm_file = object()
+
+        result = migrate(world)
+
+        assert ["SKIPPED", "NO", "SKIPPED"] == reasons(result)
+        assert b"x" == world.process.read(world.at(1), 1)
 
     def test_page_that_is_moving_already(self):
         """A migration inside a migration of the same range finds nothing to move."""
@@ -863,6 +905,15 @@ class TestDeadlock:
 
         assert [0, 1, 2] == world.contents()
 
+    def test_cpu_access_to_a_hole_that_was_just_filled(self):
+        """The same for a page that the process can see already, but that is still locked."""
+        world = mapped_range(pages=3, filled=False)
+
+        with pytest.raises(Deadlock, match="locked by the thread that waits"):
+            migrate(world, mapping=lambda src, dst: world.process.read(world.at(1), 1))
+
+        assert [0, 0, 0] == world.contents()
+
     def test_callback_that_takes_the_hint(self):
         """A callback may catch the error and go on; the migration succeeds."""
         world = mapped_range(pages=3)
@@ -1051,13 +1102,35 @@ class TestNotifier:
         assert [] == listener.heard
 
 
+class TestTrace:
+    def test_both_ends_are_told(self):
+        """Who listens hears how many entries were collected, and how many moved."""
+        world = mapped_range(pages=3)
+        heard = []
+
+        with listen(lambda event, fields: heard.append((event, fields)), "mm_migrate_vma_*"):
+            migrate(world, after=instead(world, {1: 0}))
+
+        place = {"process": "train", "start": world.addr, "end": world.at(3)}
+        assert [
+            ("mm_migrate_vma_collect", place | {"cpages": 3}),
+            ("mm_migrate_vma_finalize", place | {"moved": 2}),
+        ] == heard
+
+
+def in_hand(world):
+    """A migration to run stage by stage, and the arguments of its callbacks."""
+    src, dst = np.zeros((2, world.pages), dtype=np.uint64)
+    start, end = world.addr, world.addr + world.nbytes
+    migration = MigrateVma(world.vma, start, end, src, dst)
+    return migration, (world.vma, src, dst, start, end, Direction.TO_DEVICE)
+
+
 class TestStagesInHand:
     def test_driver_that_runs_the_stages_itself(self):
         """setup, pages and finalize with the driver's work in between do what migrate_vma does."""
         world = mapped_range(pages=3)
-        src, dst = np.zeros((2, 3), dtype=np.uint64)
-        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
-        arguments = (world.vma, src, dst, world.addr, world.at(3), Direction.TO_DEVICE)
+        migration, arguments = in_hand(world)
 
         with world.process.mm.mmap_sem.read():
             assert 3 == migrate_vma_setup(migration)
@@ -1073,8 +1146,7 @@ class TestStagesInHand:
         """Between setup and pages a driver may simply answer nothing."""
         world = mapped_range(pages=3)
         was = mapped(world)
-        src, dst = np.zeros((2, 3), dtype=np.uint64)
-        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
+        migration, _ = in_hand(world)
 
         with world.process.mm.mmap_sem.read():
             migrate_vma_setup(migration)
@@ -1088,9 +1160,7 @@ class TestStagesInHand:
         """setup begins afresh: nothing of an earlier round is left in it."""
         world = mapped_range(pages=3, filled=False)
         world.process.write(world.at(1), b"x")
-        src, dst = np.zeros((2, 3), dtype=np.uint64)
-        migration = MigrateVma(world.vma, world.addr, world.at(3), src, dst)
-        arguments = (world.vma, src, dst, world.addr, world.at(3), Direction.TO_DEVICE)
+        migration, arguments = in_hand(world)
 
         with world.process.mm.mmap_sem.read():
             for answer in (lambda *_: None, world.gpu.alloc_and_copy):

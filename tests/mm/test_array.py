@@ -35,10 +35,11 @@ def twins(shape, dtype):
 
 
 def same(expected, got):
-    """True if both have the same type, shape and bytes."""
-    assert np.asarray(expected).dtype == np.asarray(got).dtype
+    """True if both have the same type, shape and bytes; a single element may be a scalar."""
+    kind = np.asarray(expected).dtype
+    assert kind.newbyteorder("=") == np.asarray(got).dtype.newbyteorder("=")
     assert np.shape(expected) == np.shape(got)
-    return np.asarray(expected).tobytes() == np.asarray(got).tobytes()
+    return np.asarray(expected).tobytes() == np.asarray(got, dtype=kind).tobytes()
 
 
 @st.composite

@@ -10,7 +10,6 @@ from mm.highmem import (
     copy_highpages,
     memcpy_from_pages,
     memcpy_to_pages,
-    stretches,
 )
 from mm.typing import PAGE_SIZE, pages
 
@@ -93,20 +92,6 @@ class TestMemcpy:
         memcpy_to_pages(memory, rows, offset, fresh)
 
         assert (expected == memory).all()
-
-
-class TestStretches:
-    @given(rows=row_vectors.filter(lambda rows: rows.size))
-    def test_they_are_the_rows(self, rows):
-        """Put together they give the vector, and no two of them could be one."""
-        found = stretches(rows)
-
-        assert rows.tolist() == [row + k for _, row, count in found for k in range(count)]
-        assert [place for place, _, _ in found] == np.cumsum([0, *(n for *_, n in found)])[
-            :-1
-        ].tolist()
-        ends = [row + count for _, row, count in found]
-        assert all(end != row for end, (_, row, _) in zip(ends, found[1:], strict=False))
 
 
 class TestBytePlaces:

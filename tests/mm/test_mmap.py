@@ -594,4 +594,4 @@ class AnySequence(RuleBasedStateMachine):
 
 
 TestAnySequence = AnySequence.TestCase
-TestAnySequence.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestAnySequence.settings = settings(max_examples=20, stateful_step_count=25)

@@ -21,7 +21,8 @@ from mm.pgtable import (
     pte_offset,
     pte_pfn,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, places
+from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.vectors import places
 from mm.vmstat import VmStat
 
 SHIFTS = (PGDIR_SHIFT, P4D_SHIFT, PUD_SHIFT, PMD_SHIFT)  # of the tables below each level

@@ -85,9 +85,10 @@ class TestExit:
     def test_with(self):
         """A `with` block ends the process, also where it fails."""
         machine = Machine(("1MiB",), max_physmem="1MiB")
+        process = machine.spawn()
+        process.touch(process.mmap(PAGE_SIZE), PAGE_SIZE)
 
-        with pytest.raises(ZeroDivisionError), machine.spawn() as process:
-            process.touch(process.mmap(PAGE_SIZE), PAGE_SIZE)
+        with pytest.raises(ZeroDivisionError), process:
             raise ZeroDivisionError
 
         assert process.mm.exited

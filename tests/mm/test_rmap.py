@@ -27,7 +27,6 @@ from mm.pgtable import (
 )
 from mm.rmap import (
     anon_vma_prepare,
-    contiguous_runs,
     page_add_anon_rmap,
     page_mapped,
     page_remove_rmap,
@@ -180,17 +179,6 @@ class TestRmapWalk:
         found = where(world.machine.mem, world.pfns())
 
         assert [{("train", addr)} for addr in world.addrs.tolist()] == found
-
-
-class TestContiguousRuns:
-    @given(numbers=st.sets(st.integers(0, 40), min_size=1))
-    def test_as_a_loop_finds_them(self, numbers):
-        """Ranges without gaps, which together are the pages."""
-        runs = contiguous_runs(np.array(sorted(numbers)) * PAGE_SIZE)
-
-        starts = [n for n in sorted(numbers) if n - 1 not in numbers]
-        ends = [n + 1 for n in sorted(numbers) if n + 1 not in numbers]
-        assert [(s * PAGE_SIZE, e * PAGE_SIZE) for s, e in zip(starts, ends, strict=True)] == runs
 
 
 class TestMapcount:

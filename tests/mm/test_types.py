@@ -44,7 +44,7 @@ class TestVmGetPageProt:
         prot = vm_get_page_prot(vm_flags)
 
         assert bits == int(prot)
-        assert np.uint64 == type(prot)
+        assert np.uint64 == prot.dtype
 
 
 class TestVma:

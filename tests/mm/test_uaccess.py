@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm import InvalidArgument, InvalidRange, SegmentationFault
@@ -46,6 +46,7 @@ def pattern(nbytes, seed):
 
 
 class TestReadAndWrite:
+    @settings(max_examples=25)
     @given(border=borders, stores=stores, load=st.tuples(places, lengths))
     def test_as_a_bytearray(self, border, stores, load):
         """Whatever is stored in whatever pieces, a load sees what a bytearray would hold."""
@@ -240,6 +241,7 @@ class TestGatherAndScatter:
         loads=st.lists(st.integers(0, 2 * HALF - 1), max_size=30),
         border=borders,
     )
+    @settings(max_examples=25)
     def test_as_a_bytearray(self, stores, loads, border):
         """Bytes at any places in any order; of a place that repeats, the last store stays."""
         world, model = straddling(border), bytearray(2 * HALF)

@@ -138,7 +138,7 @@ def _insert_page(state: State, i: int, pfn: int) -> str:
     else:
         page.flags |= {"active", "lru"}
         entry = Entry("present", pfn, write=state.writable, accessed=True)
-        if True:
+        if state.writable:
             entry.dirty = entry.soft_dirty = True
     state.entries[state.address(i)] = entry
     state.anon_rss += 1

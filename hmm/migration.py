@@ -1,0 +1,162 @@
+"""One migration under way: what it is asked, what its stages hand on, what became of it.
+
+The stages are in hmm/migrate.py. Linux: struct migrate_vma and its ops, include/linux/migrate.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmm.migrate_pfn import MIGRATE_PFN_MIGRATE, STAYED_ERRNO, MigratePfns, Stayed
+from mm.errors import InvalidArgument, InvalidRange
+from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma
+from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns
+
+_WORD: Final = np.dtype(np.uint64)
+_FLAG: Final = np.dtype(np.bool_)
+
+
+class MigrateVmaSelect(IntFlag):
+    """Which pages to collect; holes always are. Linux: enum migrate_vma_direction, v5.9."""
+
+    SYSTEM = 1
+    DEVICE_PRIVATE = 2
+
+
+# As plain ints, whose `&` is fifty times as fast.
+SELECT_SYSTEM, SELECT_DEVICE_PRIVATE = (
+    int(MigrateVmaSelect.SYSTEM),
+    int(MigrateVmaSelect.DEVICE_PRIVATE),
+)
+SELECT_ALL: Final = SELECT_SYSTEM | SELECT_DEVICE_PRIVATE
+
+
+class MigrateVmaOps(Protocol):
+    """A driver's part of a migration. Linux: struct migrate_vma_ops, include/linux/migrate.h."""
+
+    def alloc_and_copy(
+        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
+    ) -> None:
+        """Choose a destination for entries with MIGRATE in *src*, copy, and name it in *dst*.
+
+        Each page in *dst* is the driver's alone, locked, and written as
+        `migrate_pfn(pfn) | MIGRATE_PFN_LOCKED`; 0 leaves the page where it is; and
+        MIGRATE_PFN_ERROR gives its contents up for lost. *src* may only be read.
+        """
+
+    def finalize_and_map(
+        self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
+    ) -> None:
+        """See in *src* what moved (MIGRATE still set) and update the device's page table.
+
+        Both pages are still locked, and the process cannot reach either. Both vectors may only
+        be read.
+        """
+
+
+@dataclass(slots=True, eq=False)
+class MigrateVma:
+    """One migration under way, and its result. Linux: struct migrate_vma.
+
+    src, dst: uint64[npages], what the driver sees. pgmap_owner: whose device pages to collect,
+    and whose own invalidations these are; None collects those of any device, as v4.20 does.
+    wanted: pages of the range to consider, all if None (ours: it makes one call of a scattered
+    set of pages).
+
+    The stages hand on what they found, so that none decodes src again: `entries` are the places
+    with a page that can still move, `pfns` those pages, `late` the places among them whose lock
+    collect did not get, `holes` the places that the device may populate; `system` says whether
+    any page is in system memory, and `moved` for each of `entries` whether dst took its place.
+    """
+
+    vma: Vma
+    start: int
+    end: int
+    src: MigratePfns
+    dst: MigratePfns
+    select: int = SELECT_ALL
+    pgmap_owner: object = None
+    wanted: Mask | None = None
+    stayed: NDArray[np.uint8] = field(init=False)  # a `Stayed` for each page
+    entries: Indices = field(init=False)
+    pfns: Pfns = field(init=False)
+    late: Indices = field(init=False)
+    holes: Indices = field(init=False)
+    moved: Mask = field(init=False)
+    system: bool = True
+
+    def __post_init__(self) -> None:
+        self.stayed = NO_PAGES.astype(np.uint8)
+        self.entries = self.pfns = self.late = self.holes = NO_PAGES
+        self.moved = NO_PAGES.astype(np.bool_)
+
+    @property
+    def mem(self) -> MemMap:
+        """The machine's memory."""
+        return self.vma.vm_mm.mem
+
+    @property
+    def npages(self) -> int:
+        """Pages of the range."""
+        return (self.end - self.start) >> PAGE_SHIFT
+
+    @property
+    def cpages(self) -> int:
+        """Entries that can still move, or have moved, holes included."""
+        return int(np.count_nonzero(self.src & MIGRATE_PFN_MIGRATE))
+
+    @property
+    def status(self) -> NDArray[np.int32]:
+        """0 for each page that moved, or a negative errno."""
+        return STAYED_ERRNO[self.stayed]
+
+    def drop(self, entries: Indices, why: Stayed) -> None:
+        """Say that *entries* stay."""
+        if entries.size:
+            self.src[entries] &= ~MIGRATE_PFN_MIGRATE
+            self.stayed[entries] = why
+
+
+def check_arguments(migrate: MigrateVma) -> None:
+    """Raise InvalidArgument or InvalidRange unless *migrate* can begin."""
+    vma, start, end = migrate.vma, migrate.start, migrate.end
+    if start % PAGE_SIZE or end % PAGE_SIZE or start >= end:
+        raise InvalidRange(
+            f"migrate_vma: [{start:#x}, {end:#x}) is no range of whole pages; "
+            f"start must be below end"
+        )
+    if vma.vm_flags & (VM_SPECIAL | VM_HUGETLB):
+        raise InvalidArgument(
+            f"migrate_vma: {vma!r} is hugetlb or a driver's own (VM_SPECIAL); no page of it moves"
+        )
+    if start < vma.vm_start or end > vma.vm_end:
+        raise InvalidRange(
+            f"migrate_vma: [{start:#x}, {end:#x}) is not inside its VMA "
+            f"[{vma.vm_start:#x}, {vma.vm_end:#x}); migrate one VMA at a time"
+        )
+    _check_vector("src", migrate.src, migrate.npages, _WORD)
+    _check_vector("dst", migrate.dst, migrate.npages, _WORD)
+    for name, vector in (("src", migrate.src), ("dst", migrate.dst)):
+        if not vector.flags.writeable:
+            raise InvalidArgument(f"migrate_vma: {name} is read-only")
+    if np.shares_memory(migrate.src, migrate.dst):
+        raise InvalidArgument("migrate_vma: src and dst share memory; give each a vector")
+    if migrate.wanted is not None:
+        _check_vector("wanted", migrate.wanted, migrate.npages, _FLAG)
+    if not vma.vm_mm.mmap_sem.held():
+        raise InvalidArgument(
+            f"migrate_vma: [{start:#x}, {end:#x}): hold mmap_sem for read until "
+            f"migrate_vma_finalize()"
+        )
+
+
+def _check_vector(name: str, vector: object, size: int, dtype: np.dtype[Any]) -> None:
+    if isinstance(vector, np.ndarray) and vector.dtype == dtype and vector.shape == (size,):
+        return
+    got = f"{vector.dtype}{list(vector.shape)}" if isinstance(vector, np.ndarray) else repr(vector)
+    raise InvalidArgument(f"migrate_vma: {name} must be a NumPy array {dtype}[{size}], got {got}")

@@ -1,0 +1,131 @@
+"""Small questions about vectors, against plain Python."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm.typing import pages
+from mm.vectors import (
+    add_at,
+    distinct,
+    every,
+    has,
+    joined,
+    nr_pieces,
+    pieces,
+    places,
+    rows,
+    some,
+    stretches,
+)
+
+masks = st.lists(st.booleans(), max_size=20)
+numbers = st.lists(st.integers(0, 30), max_size=20)
+
+# Stretches of numbers that follow one another, as PFNs do, and a few that do not.
+stretched = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=6).map(
+    lambda runs: [first + i for first, count in runs for i in range(count)]
+)
+
+
+class TestMasks:
+    @given(mask=masks)
+    def test_some_and_every(self, mask):
+        """As any() and all(), also of nothing."""
+        vector = np.array(mask, dtype=np.bool_)
+
+        assert (any(mask), all(mask)) == (some(vector), every(vector))
+
+    @pytest.mark.parametrize("dtype", [np.bool_, np.int32, np.uint64])
+    @given(mask=masks)
+    def test_places(self, dtype, mask):
+        """Where a vector is not 0, as int64."""
+        found = places(np.array(mask, dtype=dtype))
+
+        assert [i for i, true in enumerate(mask) if true] == found.tolist()
+        assert np.int64 == found.dtype
+
+    @given(words=st.lists(st.integers(0, 2**64 - 1)), bits=st.integers(0, 2**64 - 1))
+    def test_has(self, words, bits):
+        """Any of several bits, the topmost too."""
+        mask = has(np.array(words, dtype=np.uint64), np.uint64(bits))
+
+        assert [word & bits != 0 for word in words] == mask.tolist()
+
+
+class TestNumbers:
+    @given(values=numbers)
+    def test_distinct(self, values):
+        """The values that occur, ascending, as plain ints."""
+        assert sorted(set(values)) == distinct(pages(*values))
+
+    @given(values=stretched)
+    def test_rows(self, values):
+        """Whatever selects them selects them: a slice only where they ascend without gaps."""
+        column = np.arange(100) * 7
+
+        assert [7 * value for value in values] == column[rows(pages(*values))].tolist()
+
+    @pytest.mark.parametrize(
+        ("values", "a_slice"),
+        [
+            ([3, 4, 5], True),
+            ([3, 5, 4], False),
+            ([5, 4, 3], False),
+            ([3, 3, 5], False),
+            ([], False),
+        ],
+    )
+    def test_rows_that_are_a_slice(self, values, a_slice):
+        """First and last alone do not make a run."""
+        assert a_slice == isinstance(rows(pages(*values)), slice)
+
+    @given(values=stretched, amount=st.integers(-3, 3))
+    def test_add_at(self, values, amount):
+        """A number that repeats counts each time."""
+        column = np.zeros(40, dtype=np.int32)
+
+        add_at(column, pages(*values), amount)
+
+        assert [amount * values.count(i) for i in range(40)] == column.tolist()
+
+    @given(vectors=st.lists(numbers, max_size=4))
+    def test_joined(self, vectors):
+        """One after the other; of none, an empty vector of PFNs."""
+        whole = joined([pages(*vector) for vector in vectors])
+
+        assert [value for vector in vectors for value in vector] == whole.tolist()
+        assert np.int64 == whole.dtype
+
+
+class TestPieces:
+    @given(values=stretched, step=st.sampled_from([1, 4096]))
+    def test_stretches(self, values, step):
+        """They tile the vector, each ascends by steps, and no two of them could be one."""
+        vector = pages(*values) * step
+
+        found = [vector[run].tolist() for run in stretches(vector, step)]
+
+        assert vector.tolist() == [value for run in found for value in run]
+        for run in found:
+            assert list(range(run[0], run[0] + len(run) * step, step)) == run
+        for run, following in pairwise(found):
+            assert run[-1] + step != following[0]
+
+    @given(breaks=masks)
+    def test_pieces(self, breaks):
+        """A cut for each break, and none else."""
+        found = pieces(np.array(breaks, dtype=np.bool_), len(breaks) + 1)
+
+        cuts = [i + 1 for i, broken in enumerate(breaks) if broken]
+        assert cuts == [piece.start for piece in found[1:]]
+        assert cuts == [piece.stop for piece in found[:-1]]
+        assert (0, len(breaks) + 1) == (found[0].start, found[-1].stop)
+        assert len(found) == nr_pieces(np.array(breaks, dtype=np.bool_))
+
+    def test_no_pieces(self):
+        """Nothing is in no piece."""
+        assert [] == pieces(np.zeros(0, dtype=np.bool_), 0)
