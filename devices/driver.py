@@ -17,10 +17,18 @@ from numpy.typing import NDArray
 from devices.memory import DeviceMemory, Direction, Moved
 from hmm.device_pgtable import DevicePageTable
 from mm.array import ProcessArray
-from mm.errors import BusError, InvalidArgument, KernelBug, OutOfMemory, SegmentationFault
+from mm.errors import (
+    BusError,
+    InvalidArgument,
+    InvalidRange,
+    KernelBug,
+    OutOfMemory,
+    SegmentationFault,
+)
 from mm.highmem import copy_highpages, memcpy_from_pages, memcpy_to_pages
+from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
-from mm.mmap import find_vma
+from mm.mmap import TASK_SIZE_MAX, find_vma
 from mm.pgtable import (
     PMD_SHIFT,
     PMD_SIZE,
@@ -57,6 +65,7 @@ class Driver(DeviceMemory):
 
         Raises SegmentationFault, BusError, OutOfMemory.
         """
+        _check_range(self.name, addr, nbytes)
         out = np.empty(nbytes, dtype=np.uint8)
 
         def load(memory: Payload, begin: int, rows: Pfns) -> None:
@@ -69,6 +78,7 @@ class Driver(DeviceMemory):
     def write(self, process: Process, addr: int, data: Any) -> None:
         """Store *data* at *addr* from the device's side. Raises as read()."""
         raw = np.frombuffer(data, dtype=np.uint8)
+        _check_range(self.name, addr, raw.size)
 
         def store(memory: Payload, begin: int, rows: Pfns) -> None:
             last = begin + (rows.size << PAGE_SHIFT) - begin % PAGE_SIZE
@@ -90,6 +100,8 @@ class Driver(DeviceMemory):
         of faults; where they are more than it has memory, what fits is served and used first.
         Returns what was loaded. Raises SegmentationFault, BusError, OutOfMemory.
         """
+        if addrs.size:
+            _check_range(self.name, int(addrs.min()), int(addrs.max() - addrs.min()) + 8)
         mm = process.mm
         table = self.table_of(mm)
         loaded = np.zeros(addrs.size, dtype=np.uint64)
@@ -123,6 +135,8 @@ class Driver(DeviceMemory):
         what it returns, if anything, is stored in *out* (default: the first of *arrays*). Pages
         that do not fit are reached in system memory.
         """
+        if not arrays:
+            raise InvalidArgument("run: the kernel needs at least one array")
         target = arrays[0] if out is None else out
         used = list(dict.fromkeys((*arrays, target)))
         mm = used[0].mm
@@ -137,11 +151,11 @@ class Driver(DeviceMemory):
                 ptes = table.lookup(addrs)
                 ready = _reachable(ptes, everywhere)
                 if every(ready):
-                    frames = [pte_pfn(ptes[np.searchsorted(addrs, span)]) for span in spans]
-                    self._launch(kernel, arrays, target, used, frames)
+                    self._launch(kernel, arrays, target, used, addrs, pte_pfn(ptes))
                     return
             self._check_progress(rounds, addrs[~ready])
-            self._fault_mm(mm, addrs[~ready], everywhere[~ready], remote=True)
+            # All must be there at once: what does not fit is reached where it is.
+            self._fault_mm(mm, addrs[~ready], everywhere[~ready], evict=rounds == 0)
 
     def fault(self, process: Process, addrs: Addresses, write: Mask) -> None:
         """Serve one batch of device faults at *addrs* (ascending page addresses).
@@ -150,16 +164,15 @@ class Driver(DeviceMemory):
         what cannot migrate is mapped where it is. Raises SegmentationFault, BusError,
         OutOfMemory.
         """
-        self._fault_mm(process.mm, addrs, write, remote=False)
+        self._fault_mm(process.mm, addrs[: self.npages], write[: self.npages])
 
-    def _fault_mm(self, mm: MmStruct, addrs: Addresses, write: Mask, *, remote: bool) -> None:
-        if not remote:
-            addrs, write = addrs[: self.npages], write[: self.npages]
+    def _fault_mm(self, mm: MmStruct, addrs: Addresses, write: Mask, *, evict: bool = True) -> None:
         self.stats.fault_batches += 1
         self.stats.device_faults += addrs.size
         if gpu_fault:
             gpu_fault(device=self.name, process=mm.name, addrs=addrs, write=write)
-        self.make_room(addrs.size)
+        if evict:
+            self.make_room(addrs.size)
         blocks = addrs >> PMD_SHIFT
         for block in pieces(blocks[1:] != blocks[:-1], blocks.size):
             self._fault_block(mm, addrs[block], write[block])
@@ -225,6 +238,8 @@ class Driver(DeviceMemory):
     def _check_progress(self, rounds: int, addrs: Addresses) -> None:
         if rounds >= MAX_ROUNDS:
             raise KernelBug(f"{self.name}: device fault at {addrs[0]:#x} is served in vain")
+        if rounds:
+            cond_resched()
 
     # The device's own loads and stores.
 
@@ -284,7 +299,7 @@ class Driver(DeviceMemory):
             missing = near[~ready]
             if missing.size:
                 self._check_progress(rounds, missing)
-                self._fault_mm(mm, missing, np.full(missing.size, write), remote=False)
+                self._fault_mm(mm, missing, np.full(missing.size, write))
 
     def _move_prefix(
         self, addr: int, addrs: Addresses, pfns: Pfns, move: Callable[[Payload, int, Pfns], None]
@@ -299,20 +314,27 @@ class Driver(DeviceMemory):
         arrays: Sequence[ProcessArray],
         target: ProcessArray,
         used: Sequence[ProcessArray],
-        frames: Sequence[Pfns],
+        addrs: Addresses,
+        pfns: Pfns,
     ) -> None:
-        """Gather the arrays, run *kernel*, and put back what it changed."""
-        raw = [self._gather(pfns) for pfns in frames]
+        """Run *kernel* on views of the pages at *addrs*, and put back what it changed.
+
+        Arrays that touch or share pages are views of one piece of memory.
+        """
+        areas = [(addrs[run], pfns[run]) for run in stretches(addrs, PAGE_SIZE)]
+        contents = [self._gather(frames) for _, frames in areas]
+        starts = np.array([where.item(0) for where, _ in areas])
         views = {}
-        for array, pages in zip(used, raw, strict=True):
-            offset = array.addr % PAGE_SIZE
-            flat = pages.reshape(-1)[offset : offset + array.nbytes]
+        for array in used:
+            area = int(np.searchsorted(starts, array.addr, side="right")) - 1
+            first = array.addr - starts.item(area)
+            flat = contents[area].reshape(-1)[first : first + array.nbytes]
             views[array] = flat.view(array.dtype).reshape(array.shape)
         result = kernel(*(views[array] for array in arrays))
         if result is not None and result is not views[target]:
             views[target][...] = result
-        for pages, pfns in zip(raw, frames, strict=True):
-            self._scatter(pages, pfns)
+        for (_, frames), memory in zip(areas, contents, strict=True):
+            self._scatter(memory, frames)
 
     def _gather(self, pfns: Pfns) -> Payload:
         """The contents of *pfns* in a row: a view where they lie so, else a copy."""
@@ -331,6 +353,13 @@ class Driver(DeviceMemory):
                 copy_highpages(memory, rows, pages, places(side))
 
 
+def _check_range(name: str, addr: int, nbytes: int) -> None:
+    if nbytes < 0 or addr < 0 or addr + nbytes > TASK_SIZE_MAX:
+        raise InvalidRange(
+            f"{name}: [{addr:#x}, {addr + nbytes:#x}) is not inside [0, {TASK_SIZE_MAX:#x})"
+        )
+
+
 def _reachable(ptes: Ptes, write: Mask) -> Mask:
     return pte_present(ptes) & (pte_write(ptes) | ~write)
 
@@ -344,9 +373,10 @@ def _by_vma(name: str, mm: MmStruct, addrs: Addresses, write: Mask) -> list[slic
         if vma is None or vma.vm_start > addr:
             raise SegmentationFault(addr, f"{name}: nothing is mapped at {addr:#x} of {mm.name}")
         end = int(np.searchsorted(addrs, vma.vm_end))
-        stores = bool(some(write[at:end]))
+        stores = some(write[at:end])
         if access_error(vma, write=stores):
             what = "a store" if stores else "a load"
+            addr = addrs.item(at + int(np.argmax(write[at:end])))
             raise SegmentationFault(addr, f"{name}: {what} at {addr:#x} is not allowed by {vma!r}")
         spans.append(slice(at, end))
         at = end

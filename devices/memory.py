@@ -36,10 +36,12 @@ from mm.memparse import Size, format_size, memparse
 from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import find_vma, vmas_in
 from mm.page_alloc import alloc_pages_bulk
+from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE
 from mm.process import Process
 from mm.rmap import rmap_walk
 from mm.swap import get_page, put_page
+from mm.swapops import is_device_private_entry, swp_offset
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns
 from mm.vectors import distinct, every, has, pieces, places, some
@@ -135,6 +137,7 @@ class DeviceMemory(ABC):
         self.chunks = Chunks(self.npages, self.chunk_pages)
         self.tables: dict[MmStruct, DevicePageTable] = {}
         self.stats = Stats()
+        self.closed = False
 
     # What a driver writes.
 
@@ -173,10 +176,18 @@ class DeviceMemory(ABC):
         mm = process.mm
         with mm.mmap_sem.read():
             spans = _vma_spans(mm, addr, memparse(nbytes))
-            self.make_room(sum(end - start for _, start, end in spans) >> PAGE_SHIFT)
+            self.make_room(sum(self._missing(mm, start, end) for _, start, end in spans))
             for vma, start, end in spans:
                 self._migrate(vma, start, end, Direction.TO_DEVICE, moved)
         return moved
+
+    def _missing(self, mm: MmStruct, start: int, end: int) -> int:
+        """Pages of a range that are not in this device's memory."""
+        here = 0
+        for run in walk_page_range(self.mem.tables, mm.pgd, start, end, holes=False):
+            private = swp_offset(run.ptes[is_device_private_entry(run.ptes)])
+            here += int(np.count_nonzero(self.mem.zone[private] == self.zone.index))
+        return ((end - start) >> PAGE_SHIFT) - here
 
     def to_system(self, process: Process, addr: int, nbytes: Size) -> Moved:
         """Migrate the pages of [*addr*, *addr* + *nbytes*) that are here back."""
@@ -209,13 +220,19 @@ class DeviceMemory(ABC):
         return moved
 
     def close(self) -> None:
-        """Evict everything and take the device away. Raises Busy where a page cannot leave."""
+        """Evict everything and take the device away; a second call does nothing.
+
+        Raises Busy, and the device stays, where a page cannot leave.
+        """
+        if self.closed:
+            return
         self.evict(np.arange(self.npages))
         devm_memunmap_pages(self.mem, self.zone)
         for table in self.tables.values():
             if not table.mm.exited:
                 table.close()
         self.tables.clear()
+        self.closed = True
 
     # What the mm core calls.
 

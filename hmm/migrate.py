@@ -266,10 +266,10 @@ def _restore(migrate: MigrateVma, bad: Mask, why: Stayed, *, isolated: bool = Tr
     remove_migration_ptes(mem, pfns, pfns)
     migrate.src[entries] = 0
     migrate.stayed[entries] = why
-    unlock_page(mem, pfns)
     to_lru = ~mem.is_zone_device_page(pfns) & isolated
     putback_lru_page(mem, pfns[to_lru])
     put_page(mem, pfns[~to_lru])
+    unlock_page(mem, pfns)
 
 
 def _keep(migrate: MigrateVma, good: Mask) -> None:
@@ -394,14 +394,16 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
     if left.size < old.size:
         _finalize_unmoved(migrate)
     remove_migration_ptes(mem, left, landed)
-    unlock_page(mem, left)
-    unlock_page(mem, landed)
-    # Unlike Linux v4.20, a source page, which nobody maps any more, is freed at once, without the
-    # detour over an LRU list.
-    put_page(mem, left)
+    # The references of the migration go before the locks: whoever waits for one of these pages
+    # may migrate it next, and must find it with no references but its mappings.
     system = ~mem.is_zone_device_page(landed)
     putback_lru_page(mem, landed[system])
     put_page(mem, landed[~system])
+    unlock_page(mem, landed)
+    unlock_page(mem, left)
+    # Unlike Linux v4.20, a source page, which nobody maps any more, is freed at once, without the
+    # detour over an LRU list.
+    put_page(mem, left)
     if migrate.holes.size or left.size < old.size:
         _release_unused(migrate)
     if mm_migrate_vma_finalize:
@@ -420,10 +422,11 @@ def _finalize_unmoved(migrate: MigrateVma) -> None:
     lost = migrate.stayed[migrate.entries[unmoved]] == Stayed.LOST
     poison_migration_ptes(mem, pfns[lost])
     remove_migration_ptes(mem, pfns[~lost], pfns[~lost])
+    device = mem.is_zone_device_page(pfns)
+    putback_lru_page(mem, pfns[~lost & ~device])
+    put_page(mem, pfns[~lost & device])
     unlock_page(mem, pfns)
-    to_lru = ~(lost | mem.is_zone_device_page(pfns))
-    putback_lru_page(mem, pfns[to_lru])
-    put_page(mem, pfns[~to_lru])
+    put_page(mem, pfns[lost])
 
 
 def _release_unused(migrate: MigrateVma) -> None:
@@ -434,8 +437,10 @@ def _release_unused(migrate: MigrateVma) -> None:
     unused = is_valid(migrate.dst)
     unused[migrate.entries[migrate.moved]] = False
     pfns = migrate_pfn_to_pfn(migrate.dst[unused])
+    mapped = page_mapped(migrate.mem, pfns)
+    put_page(migrate.mem, pfns[mapped])
     unlock_page(migrate.mem, pfns)
-    put_page(migrate.mem, pfns)
+    put_page(migrate.mem, pfns[~mapped])
 
 
 # all of it

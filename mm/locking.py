@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -46,9 +47,17 @@ def install_scheduler(scheduler: Scheduler | None) -> None:
 
 
 def preempt(point: str) -> None:
-    """A named place where another thread may come in between. Linux: cond_resched()."""
+    """A named place where another thread may come in between. Linux: preempt_check_resched()."""
     if _scheduler is not None:
         _scheduler.preempt(point)
+
+
+def cond_resched() -> None:
+    """Let others go first: this thread tried in vain and will try again. Linux: cond_resched()."""
+    if _scheduler is not None:
+        _scheduler.preempt("cond_resched")
+    else:
+        time.sleep(0)
 
 
 class _Threads(threading.local):

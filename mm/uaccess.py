@@ -14,6 +14,7 @@ import numpy as np
 
 from mm.errors import BusError, InvalidArgument, KernelBug, MmError, OutOfMemory, SegmentationFault
 from mm.highmem import byte_places, memcpy_from_pages, memcpy_to_pages
+from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
 from mm.mmap import find_vma
 from mm.page_alloc import nr_free_pages
@@ -61,6 +62,7 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool, cpu: 
             if not used:
                 # Under memory pressure faulting in the end of a block can evict its beginning.
                 block, retries = max(1, block // 2), retries + 1
+                cond_resched()
             if retries > MAX_RETRIES:
                 raise KernelBug(f"{mm.name}: page fault at {missing[0]:#x} is served in vain")
     if failure is not None:
@@ -135,7 +137,7 @@ def _fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
 
 def page_range(addr: int, nbytes: int) -> Addresses:
     """Addresses of the pages that [*addr*, *addr* + *nbytes*) touches."""
-    return np.arange(addr & ~(PAGE_SIZE - 1), addr + nbytes, PAGE_SIZE)
+    return np.arange(addr & ~(PAGE_SIZE - 1), addr + nbytes if nbytes else 0, PAGE_SIZE)
 
 
 def _payload(mm: MmStruct) -> Payload:

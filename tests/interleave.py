@@ -101,7 +101,7 @@ class TakingTurns:
         task = getattr(self._mine, "task", None)
         if task is not None and not self.stuck:
             self._asleep.clear()
-            self._next(task)
+            self._next(task, yields=point == "cond_resched")
 
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         """Linux: wait_event()."""
@@ -127,10 +127,10 @@ class TakingTurns:
         self._asleep.clear()
         self._next(task)
 
-    def _next(self, running: _Task | None) -> None:
+    def _next(self, running: _Task | None, *, yields: bool = False) -> None:
         """Let one of the threads that can go on do so, and sleep until it is our turn again."""
         able = [task for task in self.tasks if not task.done and task not in self._asleep]
-        able.sort(key=lambda task: task is not running)
+        able.sort(key=lambda task: (task is not running) != yields)
         if not able:
             self._nobody_can_go_on()
             return

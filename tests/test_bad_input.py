@@ -97,7 +97,7 @@ class TestMigrateVmaRange:
         """An empty or inverted range is refused."""
         world = mapped_range()
 
-        with pytest.raises(InvalidRange, match="start below end"):
+        with pytest.raises(InvalidRange, match="start must be below end"):
             hmm.migrate_vma(Ops(), world.vma, world.at(first), world.at(last), words(0), words(0))
 
         unharmed(world)

@@ -29,7 +29,7 @@ def _switch_often():
 
 
 def at_once(*functions):
-    """Run *functions* in threads; the first error of any of them is raised."""
+    """Run *functions* in threads; raises an error of one, rather not that others broke off."""
     errors = []
 
     def guarded(function):
@@ -43,8 +43,8 @@ def at_once(*functions):
         thread.start()
     for thread in threads:
         thread.join(SOON)
-    if errors:
-        raise errors[0]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
 
 

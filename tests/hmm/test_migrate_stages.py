@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices import NumpyDevice
+from hmm import MigrateVma, MigrateVmaSelect, Stayed
 from hmm import migrate as stages
-from hmm.migrate import MigrateVma, MigrateVmaSelect
 from hmm.migrate_pfn import MIGRATE_PFN_ERROR, MIGRATE_PFN_LOCKED, migrate_pfn
 from mm import PAGE_SIZE, BusError
 from mm.filemap import lock_page
@@ -229,7 +229,7 @@ class Scene:
 
     def expected(self) -> list[int | str]:
         """What each page of the range holds, or "lost"."""
-        lost = self.migrate.stayed == stages.Stayed.LOST
+        lost = self.migrate.stayed == Stayed.LOST
         return ["lost" if gone else byte for gone, byte in zip(lost, self.bytes, strict=True)]
 
     def contents(self) -> list[int | str]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices import NumpyDevice
@@ -10,17 +10,28 @@ from mm import BusError, Machine, OutOfMemory, SegmentationFault, trace
 from mm.errors import KernelBug
 from mm.filemap import lock_page, unlock_page
 from mm.locking import preempt
-from mm.memory import handle_mm_fault, zap_page_range
+from mm.memory import anon_entries, handle_mm_fault, zap_page_range
 from mm.memparse import memparse
+from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_flags import PG_active, PG_lru, PG_uptodate
-from mm.pgtable import _PAGE_RW, PMD_SIZE, PUD_SIZE, pte_offset, pte_special, pte_write
+from mm.pgtable import (
+    _PAGE_DEVMAP,
+    _PAGE_RW,
+    PMD_SIZE,
+    PUD_SIZE,
+    pte_dirty,
+    pte_offset,
+    pte_special,
+    pte_write,
+)
 from mm.rmap import page_add_anon_rmap, page_remove_rmap, remove_migration_ptes, try_to_unmap
 from mm.swap import get_page, lru_add_drain_all, put_page
 from mm.swapops import make_hwpoison_entry, swp_entry
-from mm.types import VmFault
+from mm.types import MemoryType, VmFault
 from mm.typing import PAGE_SIZE, pages
 from tests.interleave import explore
+from tests.mm.test_memremap import Borrowed
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 
@@ -72,6 +83,7 @@ class TestFirstTouch:
         assert (world.machine.mem.flags[world.pfns()] & wanted == wanted).all()
         assert 3 == world.machine.vmstat["nr_active_anon"]
 
+    @settings(max_examples=20)
     @given(
         pages_written=st.sets(st.integers(0, 2047), max_size=12),
         border=st.sampled_from([9 * PMD_SIZE, PUD_SIZE, 512 * PUD_SIZE]),
@@ -82,7 +94,7 @@ class TestFirstTouch:
         for page in pages_written:
             world.process.write(world.at(page), bytes([page % 255 + 1]))
 
-        firsts = [world.process.read(world.at(page), 1)[0] for page in range(1000, 1050)]
+        firsts = list(world.process.read(world.at(1000), 50 * PAGE_SIZE)[::PAGE_SIZE])
 
         expected = [page % 255 + 1 if page in pages_written else 0 for page in range(1000, 1050)]
         assert expected == firsts
@@ -169,6 +181,19 @@ class TestPagesThatAreNotThere:
 
         assert world.at(1) == error.value.address
         assert b"ab" == world.process.read(world.at(1) - 2, 2)
+
+    def test_some_lost_and_some_away(self):
+        """In one vector each page is served its way: one comes back, the other is lost."""
+        world = mapped_range(pages=2)
+        world.gpu.to_device(world.process, world.at(1), PAGE_SIZE)
+        world.process.munmap(world.addr, PAGE_SIZE)
+        world.process.mmap(PAGE_SIZE, addr=world.addr)
+        world.machine.mem.tables.entries[entries_at(world)[0]] = make_hwpoison_entry(pages(7))[0]
+
+        faults = fault(world)
+
+        assert [VmFault.HWPOISON, 0] == faults.tolist()
+        assert [False, False] == world.on_device()
 
     def test_entry_of_no_kind(self):
         """There is no swap: an entry that says so is a bug, and the message shows it."""
@@ -321,6 +346,24 @@ class TestOutOfMemory:
         pool.release(taken)
         world.process.munmap(world.addr, PAGE_SIZE)
         assert 1 == pool.in_use
+
+
+class TestAnonEntries:
+    @pytest.mark.parametrize(("prot", "writable"), [("rw", True), ("r", False)])
+    @pytest.mark.parametrize(
+        ("kind", "bits"),
+        [(MemoryType.SYSTEM, 0), (MemoryType.DEVICE_PUBLIC, int(_PAGE_DEVMAP))],
+    )
+    def test_memory_that_the_cpu_reaches(self, prot, writable, kind, bits):
+        """Dirty, writable as far as the area is, and marked where it is a device's."""
+        world = mapped_range(pages=1, prot=prot, filled=False)
+        zone = devm_memremap_pages(world.machine.mem, Borrowed(kind=kind), 1)
+
+        (entry,) = anon_entries(world.vma, pages(zone.start_pfn))
+
+        assert (writable, True) == (bool(pte_write(entry)), bool(pte_dirty(entry)))
+        assert bits == int(entry) & int(_PAGE_DEVMAP)
+        devm_memunmap_pages(world.machine.mem, zone)
 
 
 class TestZap:

@@ -594,4 +594,4 @@ class AnySequence(RuleBasedStateMachine):
 
 
 TestAnySequence = AnySequence.TestCase
-TestAnySequence.settings = settings(max_examples=20, stateful_step_count=25)
+TestAnySequence.settings = settings(max_examples=15, stateful_step_count=20)

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm import BusError
@@ -182,6 +182,7 @@ class TestRmapWalk:
 
 
 class TestMapcount:
+    @settings(max_examples=20)
     @given(counts=st.lists(st.integers(0, 3), min_size=4, max_size=4))
     def test_pages_that_repeat(self, counts):
         """Each mention is a mapping; nr_anon_pages counts pages, not mappings."""

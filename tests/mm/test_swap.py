@@ -58,6 +58,7 @@ def drop(machine, pfns):
 
 
 class TestGetPut:
+    @settings(max_examples=20)
     @given(counts=st.lists(st.integers(0, 3), min_size=5, max_size=5))
     def test_repeated_pages_count_each_time(self, counts):
         """A page that is named twice has two references more, and loses two again."""

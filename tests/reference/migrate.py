@@ -20,9 +20,10 @@ VALID, MIGRATE, LOCKED, WRITE, DEVICE, ERROR = (1 << bit for bit in range(6))
 def migrate_vma_collect(before: State) -> State:
     """Name every page of the range in src; lock and unmap those whose lock is free."""
     state = deepcopy(before)
-    for i in range(len(state.src)):
+    pages = len(state.src)
+    state.src, state.dst, state.stayed = [0] * pages, [0] * pages, ["SKIPPED"] * pages
+    for i in range(pages):
         entry = state.entry(i)
-        state.src[i], state.dst[i], state.stayed[i] = 0, 0, "SKIPPED"
         if not state.wanted[i]:
             continue
         if entry.kind in ("none", "zero"):

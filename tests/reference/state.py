@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hmm.migrate import MigrateVma, MigrateVmaSelect, Stayed
+from hmm import MigrateVma, MigrateVmaSelect, Stayed
 from mm.locking import current
 from mm.types import VM_WRITE, MemMap
 
