@@ -167,6 +167,7 @@ class Driver(DeviceMemory):
         self._fault_mm(process.mm, addrs[: self.npages], write[: self.npages])
 
     def _fault_mm(self, mm: MmStruct, addrs: Addresses, write: Mask, *, evict: bool = True) -> None:
+        self._check_open()
         self.stats.fault_batches += 1
         self.stats.device_faults += addrs.size
         if gpu_fault:

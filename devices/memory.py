@@ -172,6 +172,7 @@ class DeviceMemory(ABC):
         Where the range is larger than the device, its end stays in system memory.
         Raises InvalidRange where something in the range is not mapped.
         """
+        self._check_open()
         moved = Moved()
         mm = process.mm
         with mm.mmap_sem.read():
@@ -284,6 +285,10 @@ class DeviceMemory(ABC):
             self.stats.pages_to_system += moved.size
 
     # How it is done.
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise InvalidArgument(f"{self.name} is closed")
 
     def table_of(self, mm: MmStruct) -> DevicePageTable:
         """The device's page table for *mm*, made at first use."""

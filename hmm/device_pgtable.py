@@ -32,7 +32,6 @@ class DevicePageTable:
         self.owner = owner
         self.pool = mm.mem.tables
         self.pgd = int(self.pool.alloc(1)[0])
-        self.invalid: list[MmuNotifierRange] = []  # ranges between start and end
         mm.mem.device_pgds.append(self.pgd)
         mmu_notifier_register(self, mm)
 
@@ -60,7 +59,10 @@ class DevicePageTable:
         """Wait until nobody invalidates any of [*start*, *end*)."""
 
         def settled() -> bool:
-            return not any(r.start < end and start < r.end for r in self.invalid)
+            return not any(
+                invalid.start < end and start < invalid.end and not self._ours(invalid)
+                for invalid in tuple(self.mm.invalidating)
+            )
 
         if not settled():
             self.mm.mem.locks.wait_until(settled, f"invalidation in [{start:#x}, {end:#x})")
@@ -71,18 +73,15 @@ class DevicePageTable:
         Then the device knows better than to forget what does not move, and corrects the rest in
         finalize_and_map().
         """
-        if invalid.event is MmuNotifyEvent.MIGRATE and invalid.owner is self.owner:
-            return
-        self.invalid.append(invalid)
-        with self.mm.page_table_lock:
-            self._clear(invalid.start, invalid.end)
+        if not self._ours(invalid):
+            with self.mm.page_table_lock:
+                self._clear(invalid.start, invalid.end)
 
     def invalidate_range_end(self, invalid: MmuNotifierRange) -> None:
-        """Linux: invalidate_range_end() of struct mmu_notifier_ops."""
-        if invalid in self.invalid:
-            self.invalid.remove(invalid)
-            with self.mm.mem.locks.atomic:
-                self.mm.mem.locks.wake_up()
+        """Nothing to do: settle() asks the mm which ranges are being invalidated."""
+
+    def _ours(self, invalid: MmuNotifierRange) -> bool:
+        return invalid.event is MmuNotifyEvent.MIGRATE and invalid.owner is self.owner
 
     def release(self, mm: MmStruct) -> None:
         """The process goes: give all tables back."""

@@ -404,7 +404,7 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
     # Unlike Linux v4.20, a source page, which nobody maps any more, is freed at once, without the
     # detour over an LRU list.
     put_page(mem, left)
-    if migrate.holes.size or left.size < old.size:
+    if np.count_nonzero(migrate.dst & MIGRATE_PFN_VALID) > left.size:
         _release_unused(migrate)
     if mm_migrate_vma_finalize:
         mm_migrate_vma_finalize(
@@ -430,7 +430,7 @@ def _finalize_unmoved(migrate: MigrateVma) -> None:
 
 
 def _release_unused(migrate: MigrateVma) -> None:
-    """Let go of the pages of dst that took no page's place: in filled holes, and for nothing.
+    """Let go of the pages of dst that took no page's place: in filled holes, or nowhere.
 
     A page that fills a hole is on its way to the LRU already, if it goes there.
     """

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.errors import KernelBug
-from mm.mmzone import Lru
+from mm.memremap import FREE_REFCOUNT
+from mm.mmzone import MAX_ORDER, Lru
 from mm.page_alloc import check_zone, free_blocks, nr_free_pages
 from mm.page_flags import (
     FLAG_NAMES,
@@ -37,6 +38,7 @@ from mm.swapops import (
 )
 from mm.types import VM_WRITE, MemMap, MmStruct, Vma
 from mm.typing import PAGE_SHIFT, Addresses, Mask, Pfns, Ptes
+from mm.vectors import some
 
 _KNOWN_FLAGS: Final = np.bitwise_or.reduce(list(FLAG_NAMES.values()))
 _SHOWN: Final = 4  # pages that a complaint names
@@ -77,9 +79,12 @@ def _take_census(mem: MemMap) -> Census:
     for mm in mem.mms:
         for _, _, ptes in _entries(mm):
             normal = pte_present(ptes) & ~pte_special(ptes)
-            np.add.at(mapped, pte_pfn(ptes[normal]), one)
-            np.add.at(mapped, swp_offset(ptes[is_device_private_entry(ptes)]), one)
-            np.add.at(waiting, swp_offset(ptes[is_migration_entry(ptes)]), one)
+            for counts, pfns in (
+                (mapped, pte_pfn(ptes[normal])),
+                (mapped, swp_offset(ptes[is_device_private_entry(ptes)])),
+                (waiting, swp_offset(ptes[is_migration_entry(ptes)])),
+            ):
+                np.add.at(counts, pfns[(pfns >= 0) & (pfns < mem.limit_pfn)], one)
     for pagevec in mem.pagevecs:
         np.add.at(held, pagevec.live(), one)
     for pin in mem.pins:
@@ -122,13 +127,22 @@ def check_zones(mem: MemMap, census: Census) -> Complaints:
 def check_free_pages(mem: MemMap, census: Census) -> Complaints:
     """A page is on a free list exactly if nobody holds it, and then it is blank."""
     free = np.zeros(mem.limit_pfn, dtype=np.bool_)
+    device = census.pages[census.pages >= mem.max_pfn]
+    heads = mem.free_order[census.pages]
+    yield from _complain("free_order", census.pages, heads > MAX_ORDER, "no block is so large")
+    used = (mem.refcount[census.pages] != 0) & (heads != 0)
+    yield from _complain("free_order", census.pages, used, "set on a page that is not free")
     for zone in mem.zones:
         if zone is None or zone.pgmap is not None:
             continue
         starts, orders = free_blocks(mem, zone)
+        starts, orders = starts[orders < MAX_ORDER], orders[orders < MAX_ORDER]
+        sizes = np.int64(1) << orders
+        nested = np.concatenate(([False], starts[1:] < (starts + sizes)[:-1]))
+        yield from _complain("free_order", starts, nested, "a free block inside another")
         for order in np.unique(orders).tolist():
-            heads = starts[orders == order]
-            free[(heads[:, None] + np.arange(1 << order)).reshape(-1)] = True
+            blocks = starts[orders == order][:, None] + np.arange(1 << order)
+            free[blocks[blocks < mem.max_pfn]] = True
         for stack in zone.pcp:
             free[stack.live()] = True
     system = census.pages[census.pages < mem.max_pfn]
@@ -140,6 +154,10 @@ def check_free_pages(mem: MemMap, census: Census) -> Complaints:
     for name in ("flags", "mapcount", "mapping", "index", "private", "lock_owner"):
         stained = free[system] & (getattr(mem, name)[system] != 0)
         yield from _complain(name, system, stained, "not 0 on a free page")
+    unused = mem.refcount[device] == FREE_REFCOUNT
+    for name in ("mapcount", "mapping", "index", "private", "lock_owner"):
+        stained = unused & (getattr(mem, name)[device] != 0)
+        yield from _complain(name, device, stained, "not 0 on a free device page")
 
 
 def check_counts(mem: MemMap, census: Census) -> Complaints:
@@ -298,6 +316,9 @@ def check_tables(mem: MemMap, census: Census) -> Complaints:
     for _ in range(4):
         entries = tables[level]
         level = pte_pfn(entries[entries != 0])
+        if some(level >= pool.fresh):
+            yield f"page table: an entry names table {level.max():#x}, which there is not"
+            return
         reached.append(level)
     rows = np.concatenate(reached)
     idle = np.setdiff1d(np.arange(pool.fresh), rows)

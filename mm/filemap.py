@@ -29,14 +29,16 @@ def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
 
 
 def lock_page(mem: MemMap, pfns: Pfns) -> None:
-    """Lock *pfns* (distinct), waiting for each that another thread has locked.
+    """Lock *pfns* (distinct), waiting while another thread has locked any of them.
 
-    Raises Deadlock where this thread has it. Linux: lock_page(), include/linux/pagemap.h.
+    It waits with none of them locked, so two that want the same pages cannot stop one another.
+    Raises Deadlock where this thread has one. Linux: lock_page(), include/linux/pagemap.h.
     """
-    missing = pfns[~trylock_page(mem, pfns)]
-    while missing.size:
-        wait_on_page_locked(mem, missing.item(0))
-        missing = missing[~trylock_page(mem, missing)]
+    got = trylock_page(mem, pfns)
+    while not every(got):
+        unlock_page(mem, pfns[got])
+        wait_on_page_locked(mem, pfns[~got].item(0))
+        got = trylock_page(mem, pfns)
 
 
 def wait_on_page_locked(mem: MemMap, pfn: int) -> None:

@@ -64,7 +64,10 @@ class _Threads(threading.local):
     """Gives each thread a small number, which fits the column `lock_owner`."""
 
     def __init__(self) -> None:
-        self.number = next(_fresh_numbers) if not _numbers else _numbers.pop()
+        try:
+            self.number = _numbers.pop()
+        except IndexError:
+            self.number = next(_fresh_numbers)
         weakref.finalize(threading.current_thread(), _numbers.append, self.number).atexit = False
 
 
@@ -82,7 +85,7 @@ class Locks:
     """The waiting room of one machine, and its short atomic section."""
 
     def __init__(self) -> None:
-        self.atomic = threading.Lock()
+        self.atomic = threading.RLock()  # an atomic step may consist of others
         self._changed = threading.Condition(self.atomic)
         self.waiting = 0
 

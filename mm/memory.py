@@ -159,7 +159,7 @@ def _map_new_pages(vma: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
 
 
 def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
-    """Entries for fresh anonymous *pfns*: dirty, and writable as far as *vma* is.
+    """Entries for fresh anonymous *pfns*: writable and dirty where *vma* may be written.
 
     Device-private pages, which are all of *pfns* or none, get the entries that stand for them.
     """
@@ -167,15 +167,18 @@ def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
     writable = bool(vma.vm_flags & VM_WRITE)
     if pfns.size and mem.is_device_private_page(pfns[:1])[0]:
         return make_device_private_entry(pfns, np.full(pfns.size, writable))
-    prot = vma.vm_page_prot | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+    prot = vma.vm_page_prot
+    if writable:
+        prot |= _PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
     if pfns.size and mem.is_device_public_page(pfns[:1])[0]:
         prot |= _PAGE_DEVMAP
-    return mk_pte(pfns, prot | _PAGE_RW if writable else prot)
+    return mk_pte(pfns, prot)
 
 
 def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Put fresh *pfns* on the active list. Linux: lru_cache_add_active_or_unevictable()."""
-    mem.flags[pfns] |= PG_active
+    with mem.locks.atomic:
+        mem.flags[pfns] |= PG_active
     lru_cache_add(mem, pfns, cpu)
 
 

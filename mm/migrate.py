@@ -51,8 +51,9 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.i
 def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
     """Copy what is known about old[i] to new[i]. Linux: migrate_page_states(), mm/migrate.c."""
     to, frm = rows(new), rows(old)
-    mem.flags[to] |= mem.flags[frm] & _MOVED_FLAGS
-    mem.flags[frm] &= ~_LOST_FLAGS
+    with mem.locks.atomic:
+        mem.flags[to] |= mem.flags[frm] & _MOVED_FLAGS
+        mem.flags[frm] &= ~_LOST_FLAGS
 
 
 def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:

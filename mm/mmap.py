@@ -167,17 +167,21 @@ def _remove_vma(mm: MmStruct, vma: Vma) -> None:
     unlink_anon_vmas(vma)
     mm.vmas.remove(vma)
     mm.total_vm -= vma_pages(vma)
-    free_pgtables(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end)
+    with mm.page_table_lock:
+        free_pgtables(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end)
 
 
 def exit_mmap(mm: MmStruct) -> None:
     """Take a whole address space down. The caller holds mmap_sem for write.
 
+    Whoever comes too late finds the empty table where the top of this one was.
     Linux: exit_mmap(), mm/mmap.c.
     """
+    mm.exited = True
     mmu_notifier_release(mm)
     for vma in tuple(mm.vmas):
         _remove_vma(mm, vma)
-    mm.mem.tables.release(pages(mm.pgd))
-    mm.exited = True
+    with mm.page_table_lock:
+        pgd, mm.pgd = mm.pgd, 0
+        mm.mem.tables.release(pages(pgd))
     mm.mem.mms.remove(mm)

@@ -69,13 +69,22 @@ class mmu_notifier_range:  # noqa: N801 - used as a function is: with mmu_notifi
         self.listeners: tuple[MmuNotifier, ...] = ()
 
     def __enter__(self) -> None:
+        self.invalid.mm.invalidating.append(self.invalid)
         self.listeners = tuple(self.invalid.mm.notifiers)
         for notifier in self.listeners:
             notifier.invalidate_range_start(self.invalid)
 
     def __exit__(self, *exc: object) -> None:
+        mm = self.invalid.mm
+        for i, invalid in enumerate(mm.invalidating):
+            if invalid is self.invalid:
+                del mm.invalidating[i]
+                break
         for notifier in self.listeners:
             notifier.invalidate_range_end(self.invalid)
+        if mm.mem.locks.waiting:
+            with mm.mem.locks.atomic:
+                mm.mem.locks.wake_up()
 
 
 def mmu_notifier_release(mm: MmStruct) -> None:

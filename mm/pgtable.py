@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 
 from mm.errors import KernelBug, OutOfMemory
+from mm.locking import Locks
 from mm.page_flags import BIT
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
 from mm.vectors import every, has, nr_pieces, pieces, places, some
@@ -99,10 +100,11 @@ class TablePool:
     as rows come into use, so views of it stay good while other tables are added.
     """
 
-    def __init__(self, rows: int, vmstat: VmStat) -> None:
+    def __init__(self, rows: int, vmstat: VmStat, locks: Locks) -> None:
         self.entries: Ptes = np.zeros(rows * PTRS_PER_PTE, dtype=np.uint64)
         self.rows = rows
         self.vmstat = vmstat
+        self.locks = locks
         self.fresh = 1  # rows from here on were never used
         self.free: Indices = np.empty(0, dtype=np.int64)  # sorted
         # PMD tables found lately, by top table and GiB, as a processor caches them.
@@ -118,6 +120,10 @@ class TablePool:
 
         Raises OutOfMemory. Linux: pte_alloc_one(), arch/x86/mm/pgtable.c.
         """
+        with self.locks.atomic:
+            return self._alloc(count)
+
+    def _alloc(self, count: int) -> Indices:
         fresh = count - self.free.size
         if fresh > self.rows - self.fresh:
             raise OutOfMemory(
@@ -138,8 +144,9 @@ class TablePool:
         for row in rows.tolist():
             if some(self.row(row)):
                 raise KernelBug(f"page table {row:#x} is freed with entries in it")
-        self.walk_cache.clear()
-        self.free = np.sort(np.concatenate((self.free, rows)))
+        with self.locks.atomic:
+            self.walk_cache.clear()
+            self.free = np.sort(np.concatenate((self.free, rows)))
         self.vmstat.add("nr_page_table_pages", -rows.size)
 
     def row(self, row: int) -> Ptes:
@@ -157,8 +164,9 @@ def pmd_offset(pool: TablePool, pgd: int, addr: int) -> int:
     Linux: pmd_offset() and the three levels above it, asm/pgtable.h.
     """
     key = pgd, addr >> PUD_SHIFT
-    if key in pool.walk_cache:
-        return pool.walk_cache[key]
+    row = pool.walk_cache.get(key, 0)
+    if row:
+        return row
     row = pgd
     for shift in UPPER_SHIFTS:
         entry = pool.entries.item(row * PTRS_PER_PTE + _index(addr, shift))
@@ -170,13 +178,20 @@ def pmd_offset(pool: TablePool, pgd: int, addr: int) -> int:
 
 
 def pmd_alloc(pool: TablePool, pgd: int, addr: int) -> int:
-    """As pmd_offset(), making the tables that are missing. Linux: pmd_alloc(), mm/memory.c."""
-    row = pgd
+    """As pmd_offset(), making the tables that are missing: all of them or, where OutOfMemory is
+    raised, none. Linux: pmd_alloc(), mm/memory.c."""
+    row, missing = pgd, len(UPPER_SHIFTS)
     for shift in UPPER_SHIFTS:
-        at = row * PTRS_PER_PTE + _index(addr, shift)
-        if not pool.entries[at]:
-            pool.entries[at] = mk_pte(pool.alloc(1), _PAGE_TABLE)[0]
-        row = pool.entries.item(at) >> PAGE_SHIFT
+        entry = pool.entries.item(row * PTRS_PER_PTE + _index(addr, shift))
+        if not entry:
+            break
+        row, missing = entry >> PAGE_SHIFT, missing - 1
+    if missing:
+        tables = pool.alloc(missing)
+        entries = mk_pte(tables, _PAGE_TABLE)
+        for i, shift in enumerate(UPPER_SHIFTS[-missing:]):
+            pool.entries[row * PTRS_PER_PTE + _index(addr, shift)] = entries[i]
+            row = tables.item(i)
     return row
 
 

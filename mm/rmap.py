@@ -200,7 +200,8 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     if every(present):
         dirty = pte_dirty(ptes)
         if some(dirty):
-            mem.flags[pfns[dirty]] |= PG_dirty
+            with mem.locks.atomic:
+                mem.flags[pfns[dirty]] |= PG_dirty
         writable, soft_dirty = pte_write(ptes), pte_soft_dirty(ptes)
     elif not some(present):
         writable, soft_dirty = is_write_device_private_entry(ptes), pte_swp_soft_dirty(ptes)

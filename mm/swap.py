@@ -51,7 +51,7 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
         return
     with mem.locks.atomic:
         add_at(mem.refcount, pfns, -1)
-        left = mem.refcount[rows(pfns)]
+        left = mem.refcount[rows(pfns)].copy()
     free_at = mem.is_zone_device_page(pfns)
     last = left <= free_at
     if not some(last):
@@ -74,12 +74,13 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
 
 def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     """Off the lists and back to the allocator. Linux: __put_single_page(), mm/swap.c."""
-    flags = mem.flags[pfns]
-    listed = has(flags, PG_lru)
-    if some(listed):
-        _del_from_lru(mem, pfns[listed], flags[listed])
-    mem.flags[pfns] = flags & ~(PG_lru | PG_active | PG_unevictable)
-    mem.mapping[pfns] = 0
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        listed = has(flags, PG_lru)
+        if some(listed):
+            _del_from_lru(mem, pfns[listed], flags[listed])
+        mem.flags[pfns] = flags & ~(PG_lru | PG_active | PG_unevictable)
+        mem.mapping[pfns] = 0
     free_pages_bulk(mem, pfns, cpu)
 
 
@@ -120,19 +121,21 @@ def _pagevec_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     if not pfns.size:
         return
     pagevec = mem.pagevecs[cpu]
-    pagevec.push(pfns)
-    full = pagevec.size - pagevec.size % PAGEVEC_SIZE
-    if full:
-        waiting = pagevec.pop(pagevec.size)
-        pagevec.push(waiting[full:])
-        _pagevec_lru_add(mem, waiting[:full], cpu)
+    with mem.locks.atomic:
+        pagevec.push(pfns)
+        full = pagevec.size - pagevec.size % PAGEVEC_SIZE
+        if full:
+            waiting = pagevec.pop(pagevec.size)
+            pagevec.push(waiting[full:])
+            _pagevec_lru_add(mem, waiting[:full], cpu)
 
 
 def lru_add_drain(mem: MemMap, cpu: int = 0) -> None:
     """Hand over what waits in this CPU's pagevec. Linux: lru_add_drain()."""
     pagevec = mem.pagevecs[cpu]
-    if pagevec.size:
-        _pagevec_lru_add(mem, pagevec.pop(pagevec.size), cpu)
+    with mem.locks.atomic:
+        if pagevec.size:
+            _pagevec_lru_add(mem, pagevec.pop(pagevec.size), cpu)
 
 
 def lru_add_drain_all(mem: MemMap) -> None:
@@ -142,7 +145,10 @@ def lru_add_drain_all(mem: MemMap) -> None:
 
 
 def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
-    """Onto the lists, and drop the pagevec's reference. Linux: __pagevec_lru_add()."""
+    """Onto the lists, and drop the pagevec's reference; with `atomic` held.
+
+    Linux: __pagevec_lru_add().
+    """
     flags = mem.flags[pfns]
     stamps = np.arange(mem.lru_clock, mem.lru_clock + pfns.size)
     mem.lru_clock += pfns.size
@@ -198,8 +204,8 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
         isolated = has(flags, PG_lru)
         taken = pfns if every(isolated) else pfns[isolated]
         mem.flags[rows(taken)] &= ~PG_lru
-    get_page(mem, taken)
-    _del_from_lru(mem, taken, flags[isolated])
+        get_page(mem, taken)
+        _del_from_lru(mem, taken, flags[isolated])
     return isolated
 
 

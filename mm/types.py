@@ -100,9 +100,9 @@ class MemMap:
         self.zones: list[Zone | None] = [None]
         self.memory_type: NDArray[np.uint8] = np.zeros(256, dtype=np.uint8)  # by zone index
         self.zone_nid: NDArray[np.int16] = np.full(256, -1, dtype=np.int16)  # by zone index
-        self.vmstat = VmStat()
-        self.tables = TablePool(tables, self.vmstat)
         self.locks = Locks()
+        self.vmstat = VmStat(self.locks)
+        self.tables = TablePool(tables, self.vmstat, self.locks)
         self.pagevecs = [PageStack(32) for _ in range(cpus)]  # pages on their way to the LRU
         self.cpu_to_node = [0] * cpus  # NUMA node of each CPU
         self.lru_clock = 0  # stamps given out
@@ -274,5 +274,6 @@ class MmStruct:
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
         self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py
+        self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
         self.exited = False
         mem.mms.append(self)

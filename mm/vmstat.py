@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from mm.errors import InvalidArgument
+from mm.locking import Locks
 
 VMSTAT_NAMES: Final = (
     "nr_free_pages",  # frames that the buddy allocator and the per-CPU lists hold
@@ -40,7 +41,8 @@ VMSTAT_NAMES: Final = (
 class VmStat(Mapping[str, int]):
     """/proc/vmstat as a mapping: `machine.vmstat["pgfault"]`."""
 
-    def __init__(self) -> None:
+    def __init__(self, locks: Locks) -> None:
+        self._locks = locks
         self._counts = dict.fromkeys(VMSTAT_NAMES, 0)
 
     def __getitem__(self, name: str) -> int:
@@ -59,7 +61,8 @@ class VmStat(Mapping[str, int]):
 
         Linux: count_vm_events() and mod_node_page_state(), include/linux/vmstat.h.
         """
-        self._counts[name] += amount
+        with self._locks.atomic:
+            self._counts[name] += amount
 
     @contextmanager
     def counting(self, *names: str) -> Iterator[dict[str, int]]:

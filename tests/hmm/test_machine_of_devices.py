@@ -214,9 +214,9 @@ class Devices(RuleBasedStateMachine):
 
 class TestDevices:
     def test_short(self):
-        """A few dozen random programs of thirty steps."""
+        """A dozen random programs of a few dozen steps."""
         run_state_machine_as_test(
-            Devices, settings=settings(max_examples=20, stateful_step_count=30, deadline=None)
+            Devices, settings=settings(max_examples=12, stateful_step_count=25, deadline=None)
         )
 
     @pytest.mark.slow

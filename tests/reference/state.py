@@ -6,7 +6,7 @@ time, so that nothing here shares a line with the code that it is held against.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -100,6 +100,20 @@ class State:
     def entry(self, i: int) -> Entry:
         """The page-table entry behind entry *i* of src and dst."""
         return self.entries.get(self.address(i), Entry("none"))
+
+
+def differences(twin: State, found: State) -> list[str]:
+    """Where the two do not agree, one line for each field, entry or page."""
+    lines = []
+    for name in (column.name for column in fields(State)):
+        expected, got = getattr(twin, name), getattr(found, name)
+        if isinstance(expected, dict):
+            for key in sorted(expected.keys() | got.keys()):
+                if expected.get(key) != got.get(key):
+                    lines.append(f"{name}[{key:#x}]: {expected.get(key)}, not {got.get(key)}")
+        elif expected != got:
+            lines.append(f"{name}: {expected}, not {got}")
+    return lines
 
 
 def look(migrate: MigrateVma) -> State:
