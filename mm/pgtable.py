@@ -19,7 +19,6 @@ from typing import Final
 import numpy as np
 
 from mm.errors import KernelBug, OutOfMemory
-from mm.locking import Locks
 from mm.page_flags import BIT
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
 from mm.vectors import every, has, nr_pieces, pieces, places, some
@@ -100,11 +99,11 @@ class TablePool:
     as rows come into use, so views of it stay good while other tables are added.
     """
 
-    def __init__(self, rows: int, vmstat: VmStat, locks: Locks) -> None:
+    def __init__(self, rows: int, vmstat: VmStat) -> None:
         self.entries: Ptes = np.zeros(rows * PTRS_PER_PTE, dtype=np.uint64)
         self.rows = rows
         self.vmstat = vmstat
-        self.locks = locks
+        self.locks = vmstat.locks
         self.fresh = 1  # rows from here on were never used
         self.free: Indices = np.empty(0, dtype=np.int64)  # sorted
         # PMD tables found lately, by top table and GiB, as a processor caches them.

@@ -102,7 +102,7 @@ class MemMap:
         self.zone_nid: NDArray[np.int16] = np.full(256, -1, dtype=np.int16)  # by zone index
         self.locks = Locks()
         self.vmstat = VmStat(self.locks)
-        self.tables = TablePool(tables, self.vmstat, self.locks)
+        self.tables = TablePool(tables, self.vmstat)
         self.pagevecs = [PageStack(32) for _ in range(cpus)]  # pages on their way to the LRU
         self.cpu_to_node = [0] * cpus  # NUMA node of each CPU
         self.lru_clock = 0  # stamps given out

@@ -41,8 +41,8 @@ VMSTAT_NAMES: Final = (
 class VmStat(Mapping[str, int]):
     """/proc/vmstat as a mapping: `machine.vmstat["pgfault"]`."""
 
-    def __init__(self, locks: Locks) -> None:
-        self._locks = locks
+    def __init__(self, locks: Locks | None = None) -> None:
+        self.locks = locks or Locks()  # of the machine that is counted
         self._counts = dict.fromkeys(VMSTAT_NAMES, 0)
 
     def __getitem__(self, name: str) -> int:
@@ -61,7 +61,7 @@ class VmStat(Mapping[str, int]):
 
         Linux: count_vm_events() and mod_node_page_state(), include/linux/vmstat.h.
         """
-        with self._locks.atomic:
+        with self.locks.atomic:
             self._counts[name] += amount
 
     @contextmanager
