@@ -122,6 +122,7 @@ class TestCpuAndEviction:
 
         every_order(scenario)
 
+    @pytest.mark.slow
     def test_store_beside_a_fault_with_neighbours(self):
         """A fault that brings its neighbours back loses no store to them."""
 

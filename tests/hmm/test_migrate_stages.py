@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from devices import NumpyDevice
@@ -264,7 +264,7 @@ class TestStages:
         """Any mix of pages, troubles and answers, in a range across a page-table border."""
         migrate_and_compare(case)
 
-    @settings(max_examples=8)
+    @settings(max_examples=8, phases=[Phase.reuse, Phase.generate])  # shrinking takes minutes
     @given(cases(most=1_600))
     def test_wide_ranges_with_missing_tables(self, case: Case):
         """The same where whole page tables of the range are missing or almost empty."""
