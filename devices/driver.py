@@ -239,7 +239,7 @@ class Driver(DeviceMemory):
     def _check_progress(self, rounds: int, addrs: Addresses) -> None:
         if rounds >= MAX_ROUNDS:
             raise KernelBug(f"{self.name}: device fault at {addrs[0]:#x} is served in vain")
-        if rounds:
+        if rounds > 1:
             cond_resched()
 
     # The device's own loads and stores.

@@ -19,6 +19,8 @@ from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import (
     MIGRATE_PFN_ERROR,
     MIGRATE_PFN_LOCKED,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
     MigratePfns,
     Stayed,
@@ -49,6 +51,9 @@ from mm.vectors import distinct, every, has, pieces, places, some
 MIN_CHUNK: Final = 64 << 10
 MAX_CHUNK: Final = 2 << 20
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
+
+
+_PAGE_TO_MOVE: Final = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
 
 
 class Direction(Enum):
@@ -329,7 +334,7 @@ class DeviceMemory(ABC):
             )
 
     def _copy_to_system(self, src: MigratePfns, dst: MigratePfns) -> None:
-        entries = places(is_migrating(src) & is_valid(src))
+        entries = places((src & _PAGE_TO_MOVE) == _PAGE_TO_MOVE)
         pfns = alloc_pages_bulk(self.mem, GFP_HIGHUSER_MOVABLE, 0, entries.size)
         entries = entries[: pfns.size]
         self._hand_over(dst, entries, pfns, referenced=True)

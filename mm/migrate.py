@@ -27,7 +27,9 @@ from mm.typing import Pfns
 from mm.vectors import every, rows
 
 # What moves with the page, and what the old page loses by it.
-_MOVED_FLAGS: Final = PG_referenced | PG_uptodate | PG_dirty | PG_active | PG_unevictable
+_MOVED_FLAGS: Final = (
+    PG_referenced | PG_uptodate | PG_dirty | PG_active | PG_unevictable | PG_swapbacked
+)
 _LOST_FLAGS: Final = PG_active | PG_unevictable
 
 
@@ -44,7 +46,6 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.i
         moved_old, moved_new = rows(old[alone]), rows(new[alone])
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
-        mem.flags[moved_new] |= mem.flags[moved_old] & PG_swapbacked
     return ~alone * np.int32(-errno.EAGAIN)
 
 

@@ -26,7 +26,7 @@ from mm.pgtable import (
     pmd_offset,
     pte_tables,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Ptes
 from mm.vectors import pieces, places, some
 
 MAX_RUN: Final = 1 << 13  # entries: 64 KiB of table, 32 MiB of memory
@@ -81,9 +81,8 @@ def _walk_pmd_table(
     pool: TablePool, pmd: int, origin: int, start: int, end: int, *, holes: bool
 ) -> Iterator[Run]:
     rows = pte_tables(pool, pmd, start, end)
-    apart = rows[1:] != rows[:-1] + (rows[:-1] != 0)  # after no table: no table again
     base = start & ~(PMD_SIZE - 1)
-    for near in pieces(apart, rows.size):
+    for near in _runs_of_tables(rows):
         lo = max(start, base + (near.start << PMD_SHIFT))
         hi = min(end, base + (near.stop << PMD_SHIFT))
         row = rows.item(near.start)
@@ -92,6 +91,13 @@ def _walk_pmd_table(
             yield from _cut(origin, lo, hi, pool.entries[at : at + ((hi - lo) >> PAGE_SHIFT)])
         elif holes:
             yield from _cut(origin, lo, hi, None)
+
+
+def _runs_of_tables(rows: Indices) -> list[slice]:
+    """*rows* as slices that stand in a row in the pool, or are all missing."""
+    if rows.size == 1:
+        return [slice(0, 1)]
+    return pieces(rows[1:] != rows[:-1] + (rows[:-1] != 0), rows.size)
 
 
 def _cut(origin: int, start: int, end: int, ptes: Ptes | None) -> Iterator[Run]:

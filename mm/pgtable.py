@@ -237,12 +237,14 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     An address that no table covers gives a place in the empty row 0: reading it finds no entry,
     and only callers that made the tables may write. Linux: pte_offset_map(), asm/pgtable.h.
     """
-    blocks = addrs >> PMD_SHIFT
-    within = (addrs >> PAGE_SHIFT) & (PTRS_PER_PTE - 1)
+    numbers = addrs >> PAGE_SHIFT
+    blocks = addrs >> PMD_SHIFT if addrs.size > 1 else numbers
+    if addrs.size == 1 or (addrs.size and every(blocks == blocks[0])):
+        block = addrs.item(0) >> PMD_SHIFT
+        return numbers + (_pte_table(pool, pgd, block) - block) * PTRS_PER_PTE
+    within = numbers & (PTRS_PER_PTE - 1)
     if not addrs.size:
         return within
-    if addrs.size == 1 or every(blocks == blocks[0]):
-        return within + _pte_table(pool, pgd, blocks.item(0)) * PTRS_PER_PTE
     breaks = blocks[1:] != blocks[:-1]
     if nr_pieces(breaks) * _FEW_PAGES > addrs.size:  # in disorder, and back to the same table often
         blocks, which = np.unique(blocks, return_inverse=True)

@@ -259,7 +259,9 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
 def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
     """What migration entries become now that *pfns* are in place. Linux: remove_migration_pte()."""
     mem = vma.vm_mm.mem
-    writable = is_write_migration_entry(waiting) & bool(vma.vm_flags & VM_WRITE)
+    writable = is_write_migration_entry(waiting)
+    if not vma.vm_flags & VM_WRITE:
+        writable = np.zeros_like(writable)
     soft_dirty = pte_swp_soft_dirty(waiting)
 
     device = mem.is_zone_device_page(pfns)

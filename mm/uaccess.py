@@ -62,7 +62,8 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool, cpu: 
             if not used:
                 # Under memory pressure faulting in the end of a block can evict its beginning.
                 block, retries = max(1, block // 2), retries + 1
-                cond_resched()
+                if retries > 1:
+                    cond_resched()
             if retries > MAX_RETRIES:
                 raise KernelBug(f"{mm.name}: page fault at {missing[0]:#x} is served in vain")
     if failure is not None:

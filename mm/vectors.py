@@ -37,7 +37,7 @@ def places(mask: NDArray[Any]) -> Indices:
 
 def distinct(values: NDArray[Any]) -> list[int]:
     """The values that occur, ascending; quick where there is only one."""
-    if values.size and every(values == values[0]):
+    if values.size == 1 or (values.size and every(values == values[0])):
         return [values.item(0)]
     return np.unique(values).tolist()
 

@@ -1,4 +1,9 @@
-"""A device and others at work at once, in every order that few preemptions allow."""
+"""A device and others at work at once, in every order that few preemptions allow.
+
+The world is made once, and each schedule gets a mapping of its own: booting takes longer than
+what is tried here. What CPUs and migrations do to one another is in
+tests/hmm/test_interleavings.py.
+"""
 
 import pytest
 
@@ -8,75 +13,105 @@ from tests.interleave import explore
 from tests.world import in_step, mapped_range
 
 
-def load(world, page, nbytes=3):
-    return world.gpu.read(world.process, world.at(page), nbytes)
-
-
-def store(world, page, data):
-    world.gpu.write(world.process, world.at(page), data)
+def small_world():
+    """A process without memory but one page, and a device that knows the process."""
+    world = mapped_range(pages=1, nodes=("2MiB",), memory="64KiB", filled=False)
+    world.gpu.read(world.process, world.addr, 1)
+    return world
 
 
 def full_device():
     """A device whose only page is in use, and locked by somebody: it cannot leave."""
-    world = mapped_range(pages=1, memory="4KiB", filled=False)
-    store(world, 0, b"x")
+    world = mapped_range(pages=1, nodes=("2MiB",), memory="4KiB", filled=False)
+    world.gpu.write(world.process, world.addr, b"x")
     world.lock(0)
     return world
+
+
+def another(world):
+    return NumpyDevice(world.machine, "64KiB", name="numpy1")
+
+
+def every_order(process, scenario, *, preemptions=1):
+    """Run *scenario*(together, address of a fresh page) under every schedule."""
+
+    def one(together):
+        addr = process.mmap(PAGE_SIZE)
+        scenario(together, addr)
+        process.munmap(addr, PAGE_SIZE)
+
+    explore(one, preemptions=preemptions)
 
 
 class TestDeviceStores:
     @pytest.mark.parametrize("way", ["to_system", "CPU load", "evict"])
     def test_page_on_its_way_back(self, way):
         """A device's store is not lost, however it falls into its page's way back."""
+        world = small_world()
+        gpu, process = world.gpu, world.process
+        back = {
+            "to_system": lambda addr: gpu.to_system(process, addr, 1),
+            "CPU load": lambda addr: process.read(addr, 1),
+            "evict": lambda addr: gpu.make_room(gpu.npages),
+        }
 
-        def scenario(together):
-            world = mapped_range(pages=1, filled=False)
-            store(world, 0, b"old")
-            back = {
-                "to_system": lambda: world.gpu.to_system(world.process, world.addr, 1),
-                "CPU load": lambda: world.process.read(world.addr, 1),
-                "evict": lambda: world.gpu.make_room(world.gpu.npages),
-            }
+        def scenario(together, addr):
+            gpu.write(process, addr, b"old")
 
-            together(lambda: store(world, 0, b"new"), back[way])
+            together(lambda: gpu.write(process, addr, b"new"), lambda: back[way](addr))
 
-            assert b"new" == world.process.read(world.addr, 3)
+            assert b"new" == process.read(addr, 3)
 
-        explore(scenario, preemptions=1)
+        every_order(process, scenario)
 
     def test_page_on_its_way_in(self):
         """A device's store to system memory is not lost when the page comes meanwhile."""
+        world = small_world()
+        gpu, process = world.gpu, world.process
 
-        def scenario(together):
-            world = mapped_range(pages=1, filled=False)
-            pin = world.pin(0)
-            store(world, 0, b"old")
-            pin.release()
+        def scenario(together, addr):
+            with process.pin(addr, 1):
+                gpu.write(process, addr, b"old")
 
             together(
-                lambda: store(world, 0, b"new"),
-                lambda: world.gpu.to_device(world.process, world.addr, 1),
+                lambda: gpu.write(process, addr, b"new"),
+                lambda: gpu.to_device(process, addr, 1),
             )
 
-            assert b"new" == world.process.read(world.addr, 3)
+            assert b"new" == process.read(addr, 3)
 
-        explore(scenario, preemptions=1)
+        every_order(process, scenario)
 
     def test_cpu_stores_beside_it(self):
         """Device and CPU that store to one page at once both find their bytes."""
+        world = small_world()
+        gpu, process = world.gpu, world.process
 
-        def scenario(together):
-            world = mapped_range(pages=1, filled=False)
-
+        def scenario(together, addr):
             together(
-                lambda: store(world, 0, b"device"),
-                lambda: world.process.write(world.addr + 6, b"CPU"),
+                lambda: gpu.write(process, addr, b"device"),
+                lambda: process.write(addr + 6, b"CPU"),
             )
 
-            assert b"deviceCPU" == load(world, 0, 9)
-            assert in_step(world.gpu)
+            assert b"deviceCPU" == gpu.read(process, addr, 9)
+            assert in_step(gpu)
 
-        explore(scenario, preemptions=1)
+        every_order(process, scenario)
+
+    def test_another_device_stores_beside_it(self):
+        """Two devices that store to one page at once both find their bytes."""
+        world = small_world()
+        gpu, process, other = world.gpu, world.process, another(world)
+
+        def scenario(together, addr):
+            together(
+                lambda: gpu.write(process, addr, b"one"),
+                lambda: other.write(process, addr + 3, b"two"),
+            )
+
+            assert b"onetwo" == process.read(addr, 6)
+
+        every_order(process, scenario)
 
 
 class TestDeviceMaps:
@@ -85,41 +120,35 @@ class TestDeviceMaps:
     def test_page_that_another_device_takes(self):
         """A page that another device takes is out of this one's table after."""
         world = full_device()
-        other = NumpyDevice(world.machine, "64KiB", name="numpy1")
-        process = world.process
+        gpu, process, other = world.gpu, world.process, another(world)
 
-        def scenario(together):
-            addr = process.mmap(PAGE_SIZE)
+        def scenario(together, addr):
             process.write(addr, b"old")
 
-            together(
-                lambda: world.gpu.read(process, addr, 3),
-                lambda: other.to_device(process, addr, 1),
-            )
+            together(lambda: gpu.read(process, addr, 3), lambda: other.to_device(process, addr, 1))
 
-            assert in_step(world.gpu)
+            assert in_step(gpu)
             other.write(process, addr, b"new")
-            assert b"new" == world.gpu.read(process, addr, 3)
-            process.munmap(addr, PAGE_SIZE)
+            assert b"new" == gpu.read(process, addr, 3)
 
-        explore(scenario, preemptions=1)
+        every_order(process, scenario)
 
     def test_first_page_of_a_process(self):
         """The same where it is the first page that the device maps of a process."""
         world = full_device()
-        other = NumpyDevice(world.machine, "64KiB", name="numpy1")
+        gpu, other = world.gpu, another(world)
 
         def scenario(together):
-            with world.machine.spawn("both") as process:
+            with world.machine.spawn("new") as process:
                 addr = process.mmap(PAGE_SIZE)
                 process.write(addr, b"old")
 
                 together(
-                    lambda: world.gpu.read(process, addr, 3),
+                    lambda: gpu.read(process, addr, 3),
                     lambda: other.to_device(process, addr, 1),
                 )
 
-                assert in_step(world.gpu)
+                assert in_step(gpu)
 
         explore(scenario, preemptions=1)
 
@@ -127,54 +156,29 @@ class TestDeviceMaps:
     def test_zero_page_that_a_cpu_replaces(self):
         """A CPU's first store is seen by a device that was about to map the zero page."""
         world = full_device()
+        gpu, process = world.gpu, world.process
 
-        process = world.process
-
-        def scenario(together):
-            addr = process.mmap(PAGE_SIZE)
+        def scenario(together, addr):
             process.touch(addr, PAGE_SIZE, write=False)
 
-            together(
-                lambda: world.gpu.read(process, addr, 3),
-                lambda: process.write(addr, b"new"),
-            )
+            together(lambda: gpu.read(process, addr, 3), lambda: process.write(addr, b"new"))
 
-            assert in_step(world.gpu)
-            assert b"new" == world.gpu.read(process, addr, 3)
-            process.munmap(addr, PAGE_SIZE)
+            assert in_step(gpu)
+            assert b"new" == gpu.read(process, addr, 3)
 
-        explore(scenario, preemptions=2)
+        every_order(process, scenario, preemptions=2)
 
     def test_memory_that_goes(self):
         """Memory that is unmapped is out of the device's table after."""
+        world = small_world()
+        gpu, process = world.gpu, world.process
 
-        def scenario(together):
-            world = mapped_range(pages=2, filled=False)
+        def scenario(together, addr):
+            neighbour = process.mmap(PAGE_SIZE)
 
-            together(
-                lambda: load(world, 1),
-                lambda: world.process.munmap(world.at(0), PAGE_SIZE),
-            )
+            together(lambda: gpu.read(process, addr, 3), lambda: process.munmap(neighbour, 1))
 
-            assert in_step(world.gpu)
-            assert b"\0\0\0" == load(world, 1)
+            assert in_step(gpu)
+            assert bytes(3) == gpu.read(process, addr, 3)
 
-        explore(scenario, preemptions=1)
-
-
-class TestTwoDevices:
-    def test_both_store(self):
-        """Two devices that store to one page at once both find their bytes."""
-
-        def scenario(together):
-            world = mapped_range(pages=1, filled=False)
-            other = NumpyDevice(world.machine, "4KiB", name="numpy1")
-
-            together(
-                lambda: store(world, 0, b"one"),
-                lambda: other.write(world.process, world.addr + 3, b"two"),
-            )
-
-            assert b"onetwo" == world.process.read(world.addr, 6)
-
-        explore(scenario, preemptions=1)
+        every_order(process, scenario)
