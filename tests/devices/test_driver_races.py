@@ -13,18 +13,17 @@ from tests.interleave import explore
 from tests.world import in_step, mapped_range
 
 
-def small_world():
+class NoRoom(NumpyDevice):
+    """Has no page for anybody, so that it maps all pages where they are."""
+
+    def allocate(self, npages):
+        return super().allocate(0)
+
+
+def small_world(driver=NumpyDevice):
     """A process without memory but one page, and a device that knows the process."""
-    world = mapped_range(pages=1, nodes=("2MiB",), memory="64KiB", filled=False)
+    world = mapped_range(pages=1, nodes=("2MiB",), memory="64KiB", filled=False, driver=driver)
     world.gpu.read(world.process, world.addr, 1)
-    return world
-
-
-def full_device():
-    """A device whose only page is in use, and locked by somebody: it cannot leave."""
-    world = mapped_range(pages=1, nodes=("2MiB",), memory="4KiB", filled=False)
-    world.gpu.write(world.process, world.addr, b"x")
-    world.lock(0)
     return world
 
 
@@ -115,11 +114,9 @@ class TestDeviceStores:
 
 
 class TestDeviceMaps:
-    """The device's only page cannot leave, so it maps all others where they are."""
-
     def test_page_that_another_device_takes(self):
         """A page that another device takes is out of this one's table after."""
-        world = full_device()
+        world = small_world(NoRoom)
         gpu, process, other = world.gpu, world.process, another(world)
 
         def scenario(together, addr):
@@ -135,7 +132,7 @@ class TestDeviceMaps:
 
     def test_first_page_of_a_process(self):
         """The same where it is the first page that the device maps of a process."""
-        world = full_device()
+        world = small_world(NoRoom)
         gpu, other = world.gpu, another(world)
 
         def scenario(together):
@@ -152,10 +149,9 @@ class TestDeviceMaps:
 
         explore(scenario, preemptions=1)
 
-    @pytest.mark.slow
     def test_zero_page_that_a_cpu_replaces(self):
         """A CPU's first store is seen by a device that was about to map the zero page."""
-        world = full_device()
+        world = small_world(NoRoom)
         gpu, process = world.gpu, world.process
 
         def scenario(together, addr):
