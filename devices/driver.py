@@ -194,39 +194,45 @@ class Driver(DeviceMemory):
 
     def _map(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> Mask:
         """Map what the CPU's page table says is in this device's memory; True where it is."""
-        mm = table.mm
-        table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
-        with mm.page_table_lock:
-            ptes = self.mem.tables.entries[pte_offset(self.mem.tables, mm.pgd, addrs)]
-            mine = is_device_private_entry(ptes)
-            mine[mine] = self.mem.zone[swp_offset(ptes[mine])] == self.zone.index
-            writable = is_write_device_private_entry(ptes)
-            mine &= writable | ~write
-            table.map(addrs[mine], swp_offset(ptes[mine]), writable[mine])
-        return mine
+        mm, pool = table.mm, self.mem.tables
+        while True:
+            table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
+            with mm.page_table_lock:
+                ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
+                mine = is_device_private_entry(ptes)
+                mine[mine] = self.mem.zone[swp_offset(ptes[mine])] == self.zone.index
+                writable = is_write_device_private_entry(ptes)
+                mine &= writable | ~write
+                if table.map(addrs[mine], swp_offset(ptes[mine]), writable[mine]):
+                    return mine
 
     def _map_remote(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> None:
         """Pages that could not migrate: fault them into system memory and map them there."""
-        mm = table.mm
         for stores in (True, False):
-            some = addrs[write == stores]
+            left = addrs[write == stores]
             rounds = 0
-            while some.size:
-                self._check_progress(rounds, some)
+            while left.size:
+                self._check_progress(rounds, left)
                 rounds += 1
-                table.settle(some.item(0), some.item(-1) + PAGE_SIZE)
-                with mm.page_table_lock:
-                    at = pte_offset(self.mem.tables, mm.pgd, some)
-                    ptes = self.mem.tables.entries[at]
-                    ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
-                    writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
-                    table.map(some[ready], pte_pfn(ptes[ready]), writable)
-                some = some[~ready]
-                for sel in _by_vma(self.name, mm, some, np.full(some.size, stores)):
-                    vma = find_vma(mm, some[sel].item(0))
+                left = left[~self._map_system(table, left, stores)]
+                wanted = np.full(left.size, stores)
+                for sel in _by_vma(self.name, table.mm, left, wanted):
+                    vma = find_vma(table.mm, left.item(sel.start))
                     assert vma is not None
-                    faults = handle_mm_fault(vma, some[sel], write=stores)
-                    self._check_faults(some[sel], faults)
+                    faults = handle_mm_fault(vma, left[sel], write=stores)
+                    self._check_faults(left[sel], faults)
+
+    def _map_system(self, table: DevicePageTable, addrs: Addresses, stores: bool) -> Mask:
+        """Map what the CPU's page table says is in system memory; True where it is."""
+        mm, pool = table.mm, self.mem.tables
+        table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
+        with mm.page_table_lock:
+            ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
+            ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
+            writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
+            if table.map(addrs[ready], pte_pfn(ptes[ready]), writable):
+                return ready
+        return np.zeros_like(ready)
 
     def _check_faults(self, addrs: Addresses, faults: NDArray[np.uint16]) -> None:
         bad = places(faults & VM_FAULT_ERROR)

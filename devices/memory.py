@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Final
@@ -182,10 +183,19 @@ class DeviceMemory(ABC):
         mm = process.mm
         with mm.mmap_sem.read():
             spans = _vma_spans(mm, addr, memparse(nbytes))
-            self.make_room(sum(self._missing(mm, start, end) for _, start, end in spans))
+            self._make_room_for(mm, spans)
             for vma, start, end in spans:
                 self._migrate(vma, start, end, Direction.TO_DEVICE, moved)
         return moved
+
+    def _make_room_for(self, mm: MmStruct, spans: Sequence[tuple[Vma, int, int]]) -> None:
+        """make_room() for what is not here of *spans*; what it evicts may be of them too."""
+        asked = -1
+        missing = sum(self._missing(mm, start, end) for _, start, end in spans)
+        while missing > asked:
+            self.make_room(missing)
+            asked = missing
+            missing = sum(self._missing(mm, start, end) for _, start, end in spans)
 
     def _missing(self, mm: MmStruct, start: int, end: int) -> int:
         """Pages of a range that are not in this device's memory."""

@@ -18,7 +18,7 @@ from mm.mmu_notifier import (
 from mm.pagewalk import free_pgtables, walk_page_range
 from mm.pgtable import _PAGE_PRESENT, _PAGE_RW, mk_pte, pte_alloc_each, pte_offset
 from mm.types import MmStruct
-from mm.typing import Addresses, Mask, Pfns, Ptes, pages
+from mm.typing import PAGE_SIZE, Addresses, Mask, Pfns, Ptes, pages
 from mm.vectors import places
 
 ADDRESS_SPACE = 1 << 57
@@ -42,11 +42,20 @@ class DevicePageTable:
         """
         return self.pool.entries[pte_offset(self.pool, self.pgd, addrs)]
 
-    def map(self, addrs: Addresses, pfns: Pfns, writable: Mask) -> None:
-        """Let the device reach *pfns* at *addrs* (ascending), with page_table_lock held."""
+    def map(self, addrs: Addresses, pfns: Pfns, writable: Mask) -> bool:
+        """Let the device reach *pfns* at *addrs* (ascending), with page_table_lock held.
+
+        False, and nothing is mapped, where somebody invalidates any of the range: what the
+        caller has read of the CPU's page table may be about to change.
+        """
+        if not addrs.size:
+            return True
+        if not self._settled(addrs.item(0), addrs.item(-1) + PAGE_SIZE):
+            return False
         pte_alloc_each(self.pool, self.pgd, addrs)
         at = pte_offset(self.pool, self.pgd, addrs)
         self.pool.entries[at] = mk_pte(pfns, _PAGE_PRESENT) | writable * _PAGE_RW
+        return True
 
     def unmap(self, addrs: Addresses) -> None:
         """Forget *addrs*, which the device is about to migrate itself."""
@@ -57,15 +66,16 @@ class DevicePageTable:
 
     def settle(self, start: int, end: int) -> None:
         """Wait until nobody invalidates any of [*start*, *end*)."""
-
-        def settled() -> bool:
-            return not any(
-                invalid.start < end and start < invalid.end and not self._ours(invalid)
-                for invalid in tuple(self.mm.invalidating)
+        if not self._settled(start, end):
+            self.mm.mem.locks.wait_until(
+                lambda: self._settled(start, end), f"invalidation in [{start:#x}, {end:#x})"
             )
 
-        if not settled():
-            self.mm.mem.locks.wait_until(settled, f"invalidation in [{start:#x}, {end:#x})")
+    def _settled(self, start: int, end: int) -> bool:
+        return not any(
+            invalid.start < end and start < invalid.end and not self._ours(invalid)
+            for invalid in tuple(self.mm.invalidating)
+        )
 
     def invalidate_range_start(self, invalid: MmuNotifierRange) -> None:
         """Forget the range, unless it is invalidated for the device's own migration.

@@ -99,7 +99,7 @@ def migrate_vma_collect(migrate: MigrateVma) -> None:
     """
     mm = migrate.vma.vm_mm
     start, end = migrate.start, migrate.end
-    migrate.stayed = np.full(migrate.npages, Stayed.SKIPPED, dtype=np.uint8)
+    migrate.begin(migrate.npages)
     found: list[_Collected] = []
     with mmu_notifier_range(mm, start, end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner):
         for run in walk_page_range(mm.mem.tables, mm.pgd, start, end):

@@ -82,18 +82,23 @@ class MigrateVma:
     select: int = SELECT_ALL
     pgmap_owner: object = None
     wanted: Mask | None = None
-    stayed: NDArray[np.uint8] = field(init=False)  # a `Stayed` for each page
+    stayed: NDArray[np.uint8] = field(init=False)  # a `Stayed` for each page, from collect on
     entries: Indices = field(init=False)
     pfns: Pfns = field(init=False)
     late: Indices = field(init=False)
     holes: Indices = field(init=False)
     moved: Mask = field(init=False)
-    system: bool = True
+    system: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stayed = NO_PAGES.astype(np.uint8)
+        self.begin(0)
+
+    def begin(self, npages: int) -> None:
+        """Nothing is found yet, and every page of *npages* counts as skipped."""
+        self.stayed = np.full(npages, Stayed.SKIPPED, dtype=np.uint8)
         self.entries = self.pfns = self.late = self.holes = NO_PAGES
         self.moved = NO_PAGES.astype(np.bool_)
+        self.system = False
 
     @property
     def mem(self) -> MemMap:

@@ -34,7 +34,9 @@ from mm.vectors import every, places
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
 Use: TypeAlias = Callable[[int, Pfns], None]
 
-BLOCK: Final = 1 << 16  # pages that one pass faults in and touches; memset() is at its best on 256 MiB
+BLOCK: Final = (
+    1 << 16
+)  # pages that one pass faults in and touches; memset() is at its best on 256 MiB
 _STORE: Final = _PAGE_PRESENT | _PAGE_RW  # what a store needs of an entry, and leaves in it
 _STORED: Final = _PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
 MAX_RETRIES: Final = 1000  # faults that changed nothing, in a row, before we call it a lockup

@@ -123,17 +123,17 @@ class TestToDevice:
         assert [True] * world.pages == world.on_device()
         world.machine.verify()
 
-    @given(there=st.sets(st.integers(0, 79)), first=st.integers(0, 16))
+    @given(there=st.sets(st.integers(0, 47)), first=st.integers(0, 16))
     def test_whole_where_it_fits(self, there, first):
         """A range that the device has memory for is all there, whatever was there before."""
-        world = mapped_range(pages=80, memory="256KiB", chunk="64KiB")
-        for page in sorted(there, key=lambda page: page * 37 % 80):
+        world = mapped_range(pages=48, memory="128KiB", chunk="64KiB")
+        for page in sorted(there, key=lambda page: page * 37 % 48):
             to_device(world, page, 1)
 
-        result = to_device(world, first, 64)
+        result = to_device(world, first, 32)
 
         assert {"skipped"} >= set(result.stayed)
-        assert [first <= page < first + 64 for page in range(80)] == world.on_device()
+        assert all(world.on_device()[first : first + 32])
         assert world.intact()
         world.machine.verify()
 
