@@ -311,6 +311,7 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
         migrate_vma_prepare(migrate)
     if migrate.entries.size:
         migrate_vma_unmap(migrate)
+    migrate.moved = np.zeros(migrate.entries.size, dtype=np.bool_)
     return migrate.cpages
 
 
