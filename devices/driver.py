@@ -100,6 +100,8 @@ class Driver(DeviceMemory):
         of faults; where they are more than it has memory, what fits is served and used first.
         Returns what was loaded. Raises SegmentationFault, BusError, OutOfMemory.
         """
+        if some(addrs & 7):
+            raise InvalidArgument(f"{self.name}: exchange: an address is no multiple of 8")
         if addrs.size:
             _check_range(self.name, int(addrs.min()), int(addrs.max() - addrs.min()) + 8)
         mm = process.mm
@@ -252,8 +254,10 @@ class Driver(DeviceMemory):
 
     def _sides(self, pfns: Pfns) -> list[tuple[Payload, Mask, Pfns]]:
         """Contents behind *pfns*: the device's memory, the system's; which; and their rows."""
-        if self.memory is None or self.mem.payload is None:
+        if self.mem.payload is None:
             raise InvalidArgument(f"{self.name}: this machine keeps no contents")
+        if self.memory is None:
+            raise InvalidArgument(f"{self.name}: this driver has no `memory` to compute on")
         local = pfns >= self.zone.start_pfn
         local &= pfns < self.zone.end_pfn
         if every(local):

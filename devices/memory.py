@@ -145,6 +145,12 @@ class DeviceMemory(ABC):
         self.stats = Stats()
         self.closed = False
 
+    @classmethod
+    def count(cls, machine: Machine) -> int:
+        """How many devices of this class are plugged into *machine*."""
+        zones = [zone for zone in machine.mem.zones if zone is not None]
+        return sum(isinstance(zone.pgmap, cls) for zone in zones)
+
     # What a driver writes.
 
     @abstractmethod

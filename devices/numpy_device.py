@@ -20,10 +20,11 @@ class NumpyDevice(Driver):
         machine: Machine,
         memory: Size = "64MiB",
         *,
-        name: str = "numpy0",
+        name: str | None = None,
         chunk: Size | None = None,
         neighbours: Size = PAGE_SIZE,
     ) -> None:
+        name = name or f"numpy{self.count(machine)}"
         super().__init__(machine, memory, name=name, chunk=chunk, neighbours=neighbours)
         self._free = PageStack(self.npages)
         self._free.push(np.arange(self.npages)[::-1])

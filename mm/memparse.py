@@ -6,6 +6,7 @@ Linux: memparse(), lib/cmdline.c.
 from __future__ import annotations
 
 import re
+from operator import index
 from typing import Final, TypeAlias
 
 from mm.errors import InvalidArgument
@@ -25,10 +26,11 @@ def memparse(size: Size) -> int:
     Raises InvalidArgument for anything else, and for a negative or fractional count of bytes.
     Linux: memparse(), lib/cmdline.c.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        if size < 0:
-            raise InvalidArgument(f"a size cannot be negative, got {size}")
-        return size
+    if hasattr(size, "__index__") and not isinstance(size, bool):
+        nbytes = index(size)  # NumPy's integers are sizes too
+        if nbytes < 0:
+            raise InvalidArgument(f"a size cannot be negative, got {nbytes}")
+        return nbytes
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is None:
         raise InvalidArgument(

@@ -175,6 +175,7 @@ class World:
         self.machine.verify()
         for device in [zone.pgmap for zone in self.machine.mem.zones if zone and zone.pgmap]:
             assert isinstance(device, Driver)
+            assert in_step(device), f"{device.name} reaches what no CPU does"
             device.close()
         for mm in tuple(self.machine.mem.mms):
             with mm.mmap_sem.write():
