@@ -85,7 +85,7 @@ from mm.types import MemMap, Vma, page_anon, vma_is_anonymous
 from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns
 from mm.vectors import distinct, every, has, joined, places, rows, some
 
-mm_migrate_vma_collect: Final = TracePoint("mm_migrate_vma_collect")
+mm_migrate_vma_setup: Final = TracePoint("mm_migrate_vma_setup")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
 
 
@@ -109,8 +109,6 @@ def migrate_vma_collect(migrate: MigrateVma) -> None:
     migrate.entries = joined([kind.entries for kind in found])
     migrate.pfns = joined([kind.pfns for kind in found])
     migrate.late = joined([kind.late for kind in found])
-    if mm_migrate_vma_collect:
-        mm_migrate_vma_collect(process=mm.name, start=start, end=end, cpages=migrate.cpages)
 
 
 class _Collected(NamedTuple):
@@ -312,6 +310,13 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
     if migrate.entries.size:
         migrate_vma_unmap(migrate)
     migrate.moved = np.zeros(migrate.entries.size, dtype=np.bool_)
+    if mm_migrate_vma_setup:
+        mm_migrate_vma_setup(
+            process=migrate.vma.vm_mm.name,
+            start=migrate.start,
+            end=migrate.end,
+            cpages=migrate.cpages,
+        )
     return migrate.cpages
 
 
@@ -472,12 +477,13 @@ def migrate_vma(
     start, end = start & ~(PAGE_SIZE - 1), end & ~(PAGE_SIZE - 1)
     migrate = MigrateVma(vma, start, end, src, dst, select, pgmap_owner, wanted)
     with vma.vm_mm.mmap_sem.read():
-        if not migrate_vma_setup(migrate):
-            return migrate
-        contract = (
-            Contract(migrate.mem, src, dst, start, pgmap_owner) if migrate.mem.debug else None
-        )
+        check_arguments(migrate)
         try:
+            if not migrate_vma_setup(migrate):
+                return migrate
+            contract = (
+                Contract(migrate.mem, src, dst, start, pgmap_owner) if migrate.mem.debug else None
+            )
             ops.alloc_and_copy(vma, src, dst, start, end, private)
             if contract:
                 contract.check_alloc_and_copy()

@@ -111,13 +111,15 @@ def _cut(origin: int, start: int, end: int, ptes: Ptes | None) -> Iterator[Run]:
 
 
 def _next_table(pool: TablePool, pgd: int, addr: int) -> int:
-    """First address after *addr* that a missing upper table does not rule out."""
+    """First address after *addr*, which has no PMD table, that may have one."""
     row = pgd
     for shift in UPPER_SHIFTS:
-        entry = pool.entries.item(row * PTRS_PER_PTE + ((addr >> shift) & (PTRS_PER_PTE - 1)))
-        if not entry:
-            return ((addr >> shift) + 1) << shift
-        row = entry >> PAGE_SHIFT
+        entries = pool.row(row)[(addr >> shift) & (PTRS_PER_PTE - 1) :]
+        if not entries[0]:
+            ahead = places(entries)
+            step = ahead.item(0) if ahead.size else entries.size
+            return ((addr >> shift) + step) << shift
+        row = entries.item(0) >> PAGE_SHIFT
     return addr  # another thread has just made the table: look again
 
 

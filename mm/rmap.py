@@ -174,7 +174,7 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     owners = distinct(mapping)
     for owner in owners:
         anon_vma = mem.anon_vmas.get(owner >> 2)
-        if anon_vma is None:
+        if anon_vma is None or not owner & PAGE_MAPPING_ANON:
             continue  # not mapped anywhere: file pages and pages of nobody
         with anon_vma.rwsem.read():
             for vma in tuple(anon_vma.vmas):

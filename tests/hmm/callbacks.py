@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from devices import Driver
 from devices.memory import Direction
 from hmm import MigrateVma, MigrateVmaSelect, migrate_vma
-from hmm.migrate_pfn import MigratePfns, migrate_pfn_to_pfn
-from mm.filemap import unlock_page
-from mm.swap import put_page
+from hmm.migrate_pfn import MIGRATE_PFN_LOCKED, MigratePfns, migrate_pfn, migrate_pfn_to_pfn
+from mm.filemap import lock_page, unlock_page
+from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.page_alloc import alloc_pages_bulk
+from mm.swap import get_page, put_page
 from mm.types import Vma
 from tests.world import World
 
@@ -100,6 +103,25 @@ def raises(error: BaseException) -> Step:
         raise error
 
     return fail
+
+
+def frame(world: World) -> int:
+    """A frame of system memory with one reference."""
+    return alloc_pages_bulk(world.machine.mem, GFP_HIGHUSER_MOVABLE, 0, 1).item()
+
+
+def device_page(device: Driver) -> int:
+    """A page of *device*, in use, with one reference more than a free one."""
+    page = device.allocate(1)
+    device.chunks.take(page)
+    get_page(device.mem, device.zone.start_pfn + page)
+    return device.zone.start_pfn + page.item()
+
+
+def hand_over(world: World, dst: MigratePfns, i: int, pfn: int) -> None:
+    """Lock *pfn*, which the driver has for itself, and name it as the destination of entry *i*."""
+    lock_page(world.machine.mem, np.array([pfn]))
+    dst[i] = migrate_pfn(np.array([pfn]))[0] | MIGRATE_PFN_LOCKED
 
 
 def instead(world: World, answers: dict[int, int]) -> Step:

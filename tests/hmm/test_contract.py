@@ -18,10 +18,8 @@ from hmm import (
 )
 from mm import DriverBug
 from mm.filemap import trylock_page, unlock_page
-from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.page_alloc import alloc_pages_bulk
-from mm.swap import get_page, put_page
-from tests.hmm.callbacks import instead, look_on, migrate
+from mm.swap import put_page
+from tests.hmm.callbacks import device_page, frame, instead, look_on, migrate
 from tests.world import World, mapped_range
 
 PAGES = 4
@@ -53,19 +51,6 @@ class Page:
     def unlock(self) -> None:
         if self.locked:
             unlock_page(self.mem, self.pfn)
-
-
-def frame(world: World) -> int:
-    """A frame of system memory with one reference."""
-    return alloc_pages_bulk(world.machine.mem, GFP_HIGHUSER_MOVABLE, 0, 1).item()
-
-
-def device_page(device: NumpyDevice) -> int:
-    """A page of *device*, in use, with one reference more than a free one."""
-    page = device.allocate(1)
-    device.chunks.take(page)
-    get_page(device.mem, device.zone.start_pfn + page)
-    return device.zone.start_pfn + page.item()
 
 
 def changes(vector: str, flag: np.uint64):

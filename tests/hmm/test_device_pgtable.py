@@ -40,12 +40,12 @@ class Table:
         self.invalidate(0, 1 << 56, MmuNotifyEvent.UNMAP)
         self.map(mappings)
 
-    def map(self, mappings) -> None:
+    def map(self, mappings) -> bool:
         addrs = sorted(mappings)
         pfns = np.array([mappings[addr][0] for addr in addrs], dtype=np.int64)
         writable = np.array([mappings[addr][1] for addr in addrs], dtype=np.bool_)
         with self.mm.page_table_lock:
-            self.table.map(np.array(addrs, dtype=np.int64), pfns, writable)
+            return self.table.map(np.array(addrs, dtype=np.int64), pfns, writable)
 
     def shown(self) -> dict[int, tuple[int, bool]]:
         """What lookup() finds at any of PAGES."""
@@ -137,6 +137,15 @@ class TestInvalidation:
         table.invalidate(PAGES[0], PAGES[-1], MmuNotifyEvent.MIGRATE, object())
 
         assert {} == table.shown()
+
+    def test_mapping_meanwhile(self, table):
+        """Nothing is mapped where an invalidation is under way; beside it, all is as ever."""
+        with mmu_notifier_range(table.mm, PAGES[1], PAGES[2], MmuNotifyEvent.CLEAR):
+            mapped = table.map({PAGES[0]: (7, True), PAGES[1]: (8, True)})
+            beside = table.map({PAGES[2]: (9, True)})
+
+        assert (False, True) == (mapped, beside)
+        assert {PAGES[2]: (9, True)} == table.shown()
 
     def test_another_process(self, table):
         """What happens in another process is none of its business."""

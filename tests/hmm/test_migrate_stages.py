@@ -16,13 +16,10 @@ from hypothesis import strategies as st
 from devices import NumpyDevice
 from hmm import MigrateVma, MigrateVmaSelect, Stayed
 from hmm import migrate as stages
-from hmm.migrate_pfn import MIGRATE_PFN_ERROR, MIGRATE_PFN_LOCKED, migrate_pfn
+from hmm.migrate_pfn import MIGRATE_PFN_ERROR
 from mm import PAGE_SIZE, BusError
-from mm.filemap import lock_page
-from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.page_alloc import alloc_pages_bulk
-from mm.swap import get_page
 from mm.types import VM_WRITE
+from tests.hmm.callbacks import device_page, frame, hand_over
 from tests.reference import migrate as twins
 from tests.reference.state import differences, look
 from tests.world import ended_worlds, mapped_range
@@ -177,15 +174,14 @@ class Scene:
     def _befall(self, stage: str) -> None:
         """Pins that come and locks that go just before *stage*."""
         for page, spot in self.case.spots.items():
-            pfn = self.world.pfns().item(self.case.margin + page)
-            if not self.migrate.src[page] & twins.VALID:
-                pfn = -1 if spot.home in ("hole", "zero") else pfn
-            else:
-                pfn = int(self.migrate.src[page]) >> 6
-            if spot.pinned == stage and pfn >= 0:
+            if spot.home in ("hole", "zero"):
+                continue
+            word, where = int(self.migrate.src[page]), self.case.margin + page
+            pfn = word >> 6 if word & twins.VALID else self.world.pfns().item(where)
+            if spot.pinned == stage:
                 self.world.hold(pfn)
             if spot.locked == "collect" and stage == "prepare" and pfn in self.world.locked:
-                self.world.unlock(self.case.margin + page)
+                self.world.unlock(where)
 
     def drive(self) -> None:
         """The driver's turn: answer, page by page, for what can move."""
@@ -200,16 +196,9 @@ class Scene:
 
     def _give(self, page: int, *, system: bool) -> None:
         word = int(self.migrate.src[page])
-        if system:
-            pfn = alloc_pages_bulk(self.mem, GFP_HIGHUSER_MOVABLE, 0, 1)
-        else:
-            device_page = self.mine.allocate(1)
-            self.mine.chunks.take(device_page)
-            pfn = self.mine.zone.start_pfn + device_page
-            get_page(self.mem, pfn)
-        lock_page(self.mem, pfn)
-        self.row(pfn.item())[:] = self.row(word >> 6) if word & twins.VALID else 0
-        self.migrate.dst[page : page + 1] = migrate_pfn(pfn) | MIGRATE_PFN_LOCKED
+        pfn = frame(self.world) if system else device_page(self.mine)
+        self.row(pfn)[:] = self.row(word >> 6) if word & twins.VALID else 0
+        hand_over(self.world, self.migrate.dst, page, pfn)
 
     def row(self, pfn: int) -> np.ndarray:
         """The bytes of a page, wherever it is."""
@@ -264,7 +253,9 @@ class TestStages:
         """Any mix of pages, troubles and answers, in a range across a page-table border."""
         migrate_and_compare(case)
 
-    @settings(max_examples=8, phases=[Phase.reuse, Phase.generate])  # shrinking takes minutes
+    @settings(  # shrinking takes minutes
+        max_examples=settings().max_examples // 6, phases=[Phase.reuse, Phase.generate]
+    )
     @given(cases(most=1_600))
     def test_wide_ranges_with_missing_tables(self, case: Case):
         """The same where whole page tables of the range are missing or almost empty."""
