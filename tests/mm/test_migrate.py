@@ -93,7 +93,7 @@ class TestMigratePageStates:
 
         migrate_page_states(mem, new, old)
 
-        copied, lost = int(sum(COPIED)), int(PG_active | PG_unevictable)
+        copied, lost = int(sum(COPIED) | PG_swapbacked), int(PG_active | PG_unevictable)
         assert [row["flags"] & copied for row in rows] == mem.flags[new].tolist()
         assert [row["flags"] & ~lost for row in rows] == mem.flags[old].tolist()
 
