@@ -282,7 +282,8 @@ class DeviceMemory(ABC):
     ) -> None:
         """Linux: alloc_and_copy() of struct migrate_vma_ops."""
         # What is about to be copied may not change under the copy.
-        self.table_of(vma.vm_mm).unmap(start + (places(is_migrating(src)) << PAGE_SHIFT))
+        moving = places(src & MIGRATE_PFN_MIGRATE)
+        self.table_of(vma.vm_mm).unmap(start + (moving << PAGE_SHIFT))
         if private is Direction.TO_DEVICE:
             self._copy_to_device(src, dst)
         else:

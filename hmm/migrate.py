@@ -85,6 +85,8 @@ from mm.types import MemMap, Vma, page_anon, vma_is_anonymous
 from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns
 from mm.vectors import distinct, every, has, joined, places, rows, some
 
+_COLLECTED: Final = MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED
+
 mm_migrate_vma_setup: Final = TracePoint("mm_migrate_vma_setup")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
 
@@ -179,16 +181,16 @@ def _collect_pages(
     found = ptes[at]
     writable = is_write_device_private_entry(found) if kind else pte_write(found)
     locked = trylock_page(mem, pfns)
-    word = migrate_pfn(pfns) | (MIGRATE_PFN_MIGRATE | kind)
-    word |= writable * MIGRATE_PFN_WRITE
     entries = at + run.first
-    migrate.src[entries] = word | locked * MIGRATE_PFN_LOCKED
+    word = migrate_pfn(pfns) | (_COLLECTED | kind) | writable * MIGRATE_PFN_WRITE
+    migrate.src[entries] = word
     migrate.stayed[entries] = Stayed.NO
 
     # The reference that the mapping of a locked page held becomes the migration's.
     if every(locked):
         ptes[at] = unmap_to_migration_entries(mem, found, pfns)
         return _Collected(entries, pfns, NO_PAGES)
+    migrate.src[entries[~locked]] &= ~MIGRATE_PFN_LOCKED
     get_page(mem, pfns[~locked])
     ptes[at[locked]] = unmap_to_migration_entries(mem, found[locked], pfns[locked])
     return _Collected(entries, pfns, entries[~locked])
