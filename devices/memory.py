@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
@@ -62,13 +62,11 @@ class Direction(Enum):
 
     TO_DEVICE = "to device"
     TO_SYSTEM = "to system"
-    EVICT = "evict"
 
 
 _SELECT: Final = {
     Direction.TO_DEVICE: int(MigrateVmaSelect.SYSTEM),
     Direction.TO_SYSTEM: int(MigrateVmaSelect.DEVICE_PRIVATE),
-    Direction.EVICT: int(MigrateVmaSelect.DEVICE_PRIVATE),
 }
 
 
@@ -83,10 +81,6 @@ class Stats:
     evicted_pages: int = 0
     bytes_to_device: int = 0
     bytes_to_system: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        """All counters by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass
@@ -237,7 +231,9 @@ class DeviceMemory(ABC):
         for vma, _, addrs in rmap_walk(self.mem, mapped):
             where.setdefault(vma.vm_mm, []).append(addrs)
         for mm, addrs_of_mm in where.items():
-            self._migrate_addrs(mm, np.unique(np.concatenate(addrs_of_mm)), Direction.EVICT, moved)
+            self._migrate_addrs(
+                mm, np.unique(np.concatenate(addrs_of_mm)), Direction.TO_SYSTEM, moved
+            )
         self.stats.evicted_pages += moved.migrated
         return moved
 

@@ -313,13 +313,13 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
         migrate_vma_unmap(migrate)
     migrate.moved = np.zeros(migrate.entries.size, dtype=np.bool_)
     if mm_migrate_vma_setup:
-        mm_migrate_vma_setup(
-            process=migrate.vma.vm_mm.name,
-            start=migrate.start,
-            end=migrate.end,
-            cpages=migrate.cpages,
-        )
+        mm_migrate_vma_setup(**_place(migrate), cpages=migrate.cpages)
     return migrate.cpages
+
+
+def _place(migrate: MigrateVma) -> dict[str, Any]:
+    """Whose memory, for the events."""
+    return {"process": migrate.vma.vm_mm.name, "start": migrate.start, "end": migrate.end}
 
 
 # pages
@@ -415,12 +415,7 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
     if np.count_nonzero(migrate.dst & MIGRATE_PFN_VALID) > left.size:
         _release_unused(migrate)
     if mm_migrate_vma_finalize:
-        mm_migrate_vma_finalize(
-            process=migrate.vma.vm_mm.name,
-            start=migrate.start,
-            end=migrate.end,
-            moved=migrate.cpages,
-        )
+        mm_migrate_vma_finalize(**_place(migrate), moved=migrate.cpages)
 
 
 def _finalize_unmoved(migrate: MigrateVma) -> None:
@@ -479,7 +474,7 @@ def migrate_vma(
     start, end = start & ~(PAGE_SIZE - 1), end & ~(PAGE_SIZE - 1)
     migrate = MigrateVma(vma, start, end, src, dst, select, pgmap_owner, wanted)
     with vma.vm_mm.mmap_sem.read():
-        check_arguments(migrate)
+        check_arguments(migrate)  # until it passes, dst is the caller's, and no abort may touch it
         try:
             if not migrate_vma_setup(migrate):
                 return migrate

@@ -14,7 +14,6 @@ from mm.trace import TracePoint
 from mm.types import MmStruct, Vma, vma_pages
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
 
-DEFAULT_MAP_WINDOW: Final = (1 << 47) - PAGE_SIZE  # where mmap looks by itself
 TASK_SIZE_MAX: Final = (1 << 56) - PAGE_SIZE  # what five levels reach when asked by address
 MMAP_BASE: Final = 0x7FFF_F7FF_F000  # below the stack; areas grow down from here
 MMAP_MIN_ADDR: Final = 0x10000

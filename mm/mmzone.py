@@ -15,7 +15,6 @@ import numpy as np
 from mm.typing import Pfns
 
 MAX_ORDER: Final = 11  # orders 0 to 10, 4 KiB to 4 MiB
-MAX_ORDER_NR_PAGES: Final = 1 << (MAX_ORDER - 1)
 PAGEVEC_SIZE: Final = 15
 
 DMA_END: Final = 16 << 20 >> 12  # first PFN above ZONE_DMA

@@ -51,8 +51,6 @@ COLUMNS: Final = (
 BYTES_PER_PAGE: Final = sum(np.dtype(column.dtype).itemsize for column in COLUMNS)
 
 PAGE_MAPPING_ANON: Final = 1
-PAGE_MAPPING_MOVABLE: Final = 2
-PAGE_MAPPING_FLAGS: Final = 3
 
 
 class MemoryType(IntEnum):

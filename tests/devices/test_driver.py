@@ -3,6 +3,7 @@
 The oracle is a bytearray or a NumPy array that gets the same loads and stores.
 """
 
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -506,11 +507,11 @@ class TestFault:
         """What is in device memory costs no fault."""
         world = mapped_range()
         load(world, nbytes=world.nbytes)
-        before = world.gpu.stats.as_dict()
+        before = asdict(world.gpu.stats)
 
         load(world, nbytes=world.nbytes)
 
-        assert before == world.gpu.stats.as_dict()
+        assert before == asdict(world.gpu.stats)
 
     def test_table_lost(self):
         """What lies in device memory, but not in the device's page table, is only looked up."""

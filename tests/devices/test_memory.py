@@ -698,12 +698,6 @@ class TestStats:
             == world.gpu.stats
         )
 
-    def test_as_dict(self):
-        """The figures have names."""
-        assert {"evicted_pages": 3, "device_faults": 0}.items() <= Stats(
-            evicted_pages=3
-        ).as_dict().items()
-
 
 class TestOptions:
     @pytest.mark.parametrize("chunk", ["32KiB", "4MiB", "96KiB", 0])
