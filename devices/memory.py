@@ -32,7 +32,7 @@ from hmm.migrate_pfn import (
 )
 from hmm.migration import MigrateVma, MigrateVmaSelect
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
-from mm.filemap import lock_page, unlock_page
+from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.machine import Machine
 from mm.memparse import Size, format_size, memparse
@@ -46,7 +46,7 @@ from mm.rmap import rmap_walk
 from mm.swap import get_page, put_page
 from mm.swapops import is_device_private_entry, swp_offset
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, word
 from mm.vectors import distinct, every, has, pieces, places, some
 
 MIN_CHUNK: Final = 64 << 10
@@ -54,7 +54,8 @@ MAX_CHUNK: Final = 2 << 20
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
 
 
-_PAGE_TO_MOVE: Final = MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE
+_SERVED: Final = VmFault(0)
+_PAGE_TO_MOVE: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE)
 
 
 class Direction(Enum):
@@ -265,7 +266,7 @@ class DeviceMemory(ABC):
             for block in distinct(addrs // size):
                 start, end = max(block * size, vma.vm_start), min((block + 1) * size, vma.vm_end)
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
-        return VmFault(0)
+        return _SERVED
 
     def page_free(self, pfns: Pfns) -> None:
         """The mm core lets go of *pfns*."""
@@ -365,7 +366,7 @@ class DeviceMemory(ABC):
         """Name *pfns* in *dst* before anything is copied, so that an error cannot leak them."""
         if not referenced:
             get_page(self.mem, pfns)
-        lock_page(self.mem, pfns)
+        lock_new_page(self.mem, pfns)
         dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
 
     def _give_up(self, dst: MigratePfns, entries: Indices, pfns: Pfns) -> None:

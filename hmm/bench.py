@@ -176,7 +176,7 @@ def fault_back_1(name: str) -> Figure:
     pages = 512
     addr = process.mmap(pages * PAGE_SIZE)
     spent = []
-    for _ in range(ROUNDS):
+    for _ in range(3 * ROUNDS):
         process.touch(addr, pages * PAGE_SIZE)
         gpu.to_device(process, addr, pages * PAGE_SIZE)
         loads = [partial(process.read, addr + page * PAGE_SIZE, 8) for page in range(0, pages, 4)]

@@ -53,15 +53,9 @@ from mm.locking import preempt
 from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_flags import NO_FLAGS, PG_lru, PG_uptodate
+from mm.page_flags import PG_lru, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
-from mm.pgtable import (
-    pte_none,
-    pte_pfn,
-    pte_present,
-    pte_special,
-    pte_write,
-)
+from mm.pgtable import pte_none, pte_pfn, pte_present, pte_special, pte_write
 from mm.rmap import (
     anon_vma_prepare,
     page_add_new_anon_rmap,
@@ -82,10 +76,12 @@ from mm.swap import (
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import MemMap, Vma, page_anon, vma_is_anonymous
-from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns
-from mm.vectors import distinct, every, has, joined, places, rows, some
+from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Word, word
+from mm.vectors import distinct, every, has, joined, parted, places, rows, some
 
-_COLLECTED: Final = MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED
+_SYSTEM: Final = word(MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED)  # what is collected, by kind
+_DEVICE: Final = word(_SYSTEM | MIGRATE_PFN_DEVICE)
+_CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
 
 mm_migrate_vma_setup: Final = TracePoint("mm_migrate_vma_setup")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
@@ -132,14 +128,14 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
         if migrate.select & SELECT_SYSTEM:
             system = places(_wanted(migrate, run, present ^ zero))
             if system.size:
-                yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), NO_FLAGS)
+                yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), _SYSTEM)
     if migrate.select & SELECT_DEVICE_PRIVATE:
         at = places(_wanted(migrate, run, private))
         if at.size:
             pfns = swp_offset(ptes[at])
             if migrate.pgmap_owner is not None:
                 at, pfns = _owned(migrate, at, pfns)
-            yield _collect_pages(migrate, run, at, pfns, MIGRATE_PFN_DEVICE)
+            yield _collect_pages(migrate, run, at, pfns, _DEVICE)
 
 
 def _wanted(migrate: MigrateVma, run: Run, found: Mask) -> Mask:
@@ -171,18 +167,18 @@ def _owned(migrate: MigrateVma, at: Indices, pfns: Pfns) -> tuple[Indices, Pfns]
 
 
 def _collect_pages(
-    migrate: MigrateVma, run: Run, at: Indices, pfns: Pfns, kind: np.uint64
+    migrate: MigrateVma, run: Run, at: Indices, pfns: Pfns, kind: Word
 ) -> _Collected:
     """Enter *pfns*, found at places *at* of the run, in src; unmap those that can be locked."""
     mem, ptes = migrate.mem, run.ptes
-    owned = mem.mapping[rows(pfns)] != 0
-    if not every(owned):
-        at, pfns = at[owned], pfns[owned]
+    mapping = mem.mapping[rows(pfns)]
+    if not every(mapping):
+        at, pfns = at[mapping != 0], pfns[mapping != 0]
     found = ptes[at]
-    writable = is_write_device_private_entry(found) if kind else pte_write(found)
+    writable = is_write_device_private_entry(found) if kind is _DEVICE else pte_write(found)
     locked = trylock_page(mem, pfns)
     entries = at + run.first
-    word = migrate_pfn(pfns) | (_COLLECTED | kind) | writable * MIGRATE_PFN_WRITE
+    word = migrate_pfn(pfns) | kind | writable * MIGRATE_PFN_WRITE
     migrate.src[entries] = word
     migrate.stayed[entries] = Stayed.NO
 
@@ -304,6 +300,11 @@ def migrate_vma_setup(migrate: MigrateVma) -> int:
     Raises InvalidArgument, InvalidRange. Linux: migrate_vma_setup(), v5.4.
     """
     check_arguments(migrate)
+    return _setup(migrate)
+
+
+def _setup(migrate: MigrateVma) -> int:
+    """migrate_vma_setup() of arguments that have been checked."""
     migrate.src[:] = 0
     migrate.dst[:] = 0
     migrate_vma_collect(migrate)
@@ -339,18 +340,22 @@ def migrate_vma_pages(migrate: MigrateVma) -> None:
             migrate_vma_insert_page(migrate, migrate.holes[given])
 
     words = dst[migrate.entries]
-    moved = (words & (MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)) == MIGRATE_PFN_VALID
+    moved = (words & _CHOSEN) == MIGRATE_PFN_VALID
     if not every(moved):
         migrate.drop(migrate.entries[~moved], Stayed.NOT_CHOSEN)
         migrate.drop(migrate.entries[has(words, MIGRATE_PFN_ERROR)], Stayed.LOST)
-    if not every(page_anon(mem, migrate.pfns)):
-        refused = moved & ~page_anon(mem, migrate.pfns)  # only the page cache can move its own
+    anon = page_anon(mem, migrate.pfns)
+    if not every(anon):
+        refused = moved & ~anon  # only the page cache can move its own
         migrate.drop(migrate.entries[refused], Stayed.REFUSED)
         moved &= ~refused
-    failed = migrate_page(mem, migrate_pfn_to_pfn(words[moved]), migrate.pfns[moved]) != 0
-    if some(failed):
-        migrate.drop(migrate.entries[moved][failed], Stayed.BUSY)
-        moved[moved] = ~failed
+    pfns = migrate.pfns
+    if not every(moved):
+        words, pfns = words[moved], pfns[moved]
+    status = migrate_page(mem, migrate_pfn_to_pfn(words), pfns)
+    if some(status):
+        migrate.drop(migrate.entries[moved][status != 0], Stayed.BUSY)
+        moved[moved] = status == 0
     migrate.moved = moved
 
 
@@ -397,16 +402,17 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
     """
     mem, old, moved = migrate.mem, migrate.pfns, migrate.moved
     preempt("migrate_vma_finalize")
-    landed = migrate_pfn_to_pfn(migrate.dst[migrate.entries[moved]])
-    left = old[moved]
-    if left.size < old.size:
+    entries, left = migrate.entries, old
+    if not every(moved):
+        entries, left = entries[moved], old[moved]
         _finalize_unmoved(migrate)
+    landed = migrate_pfn_to_pfn(migrate.dst[entries])
     remove_migration_ptes(mem, left, landed)
     # The references of the migration go before the locks: whoever waits for one of these pages
     # may migrate it next, and must find it with no references but its mappings.
-    system = ~mem.is_zone_device_page(landed)
-    putback_lru_page(mem, landed[system])
-    put_page(mem, landed[~system])
+    device, system = parted(landed, mem.is_zone_device_page(landed))
+    putback_lru_page(mem, system)
+    put_page(mem, device)
     unlock_page(mem, landed)
     unlock_page(mem, left)
     # Unlike Linux v4.20, a source page, which nobody maps any more, is freed at once, without the
@@ -476,7 +482,7 @@ def migrate_vma(
     with vma.vm_mm.mmap_sem.read():
         check_arguments(migrate)  # until it passes, dst is the caller's, and no abort may touch it
         try:
-            if not migrate_vma_setup(migrate):
+            if not _setup(migrate):
                 return migrate
             contract = (
                 Contract(migrate.mem, src, dst, start, pgmap_owner) if migrate.mem.debug else None

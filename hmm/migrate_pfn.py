@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.page_flags import BIT
-from mm.typing import Mask, Pfns
+from mm.typing import Mask, Pfns, word
 from mm.vectors import has
 
 MigratePfns: TypeAlias = NDArray[np.uint64]
@@ -27,7 +27,7 @@ MIGRATE_PFN_LOCKED: Final = BIT(2)  # whoever wrote the word has locked it
 MIGRATE_PFN_WRITE: Final = BIT(3)  # src: the process may store to it
 MIGRATE_PFN_DEVICE: Final = BIT(4)  # src: it is in device-private memory
 MIGRATE_PFN_ERROR: Final = BIT(5)  # dst: the contents are lost, the CPU gets SIGBUS
-MIGRATE_PFN_SHIFT: Final = np.uint64(6)
+MIGRATE_PFN_SHIFT: Final = word(6)
 
 
 def migrate_pfn(pfns: Pfns) -> MigratePfns:

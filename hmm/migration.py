@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from hmm.migrate_pfn import MIGRATE_PFN_MIGRATE, STAYED_ERRNO, MigratePfns, Stayed
 from mm.errors import InvalidArgument, InvalidRange
 from mm.types import VM_HUGETLB, VM_SPECIAL, MemMap, Vma
-from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns
+from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
 
 _WORD: Final = np.dtype(np.uint64)
+_STAYS: Final = word(~MIGRATE_PFN_MIGRATE)
 _FLAG: Final = np.dtype(np.bool_)
+_SKIPPED: Final = int(Stayed.SKIPPED)
+_NONE_MOVED: Final = NO_PAGES.astype(np.bool_)
 
 
 class MigrateVmaSelect(IntFlag):
@@ -95,9 +98,10 @@ class MigrateVma:
 
     def begin(self, npages: int) -> None:
         """Nothing is found yet, and every page of *npages* counts as skipped."""
-        self.stayed = np.full(npages, Stayed.SKIPPED, dtype=np.uint8)
+        self.stayed = np.empty(npages, dtype=np.uint8)
+        self.stayed.fill(_SKIPPED)
         self.entries = self.pfns = self.late = self.holes = NO_PAGES
-        self.moved = NO_PAGES.astype(np.bool_)
+        self.moved = _NONE_MOVED
         self.system = False
 
     @property
@@ -123,7 +127,7 @@ class MigrateVma:
     def drop(self, entries: Indices, why: Stayed) -> None:
         """Say that *entries* stay."""
         if entries.size:
-            self.src[entries] &= ~MIGRATE_PFN_MIGRATE
+            self.src[entries] &= _STAYS
             self.stayed[entries] = why
 
 

@@ -6,12 +6,19 @@ waits for itself is told so. Waiting goes through mm/locking.py.
 
 from __future__ import annotations
 
+from typing import Final
+
+import numpy as np
+
 from mm.errors import Deadlock, KernelBug
 from mm.locking import NOBODY, current, preempt
 from mm.page_flags import PG_locked
 from mm.types import MemMap
-from mm.typing import Mask, Pfns
-from mm.vectors import every, has, rows
+from mm.typing import Mask, Pfns, word
+from mm.vectors import every, rows
+
+_UNLOCKED: Final = word(~PG_locked)
+_NOBODY: Final = np.array(NOBODY, dtype=np.uint16)
 
 
 def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -21,11 +28,28 @@ def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
     """
     preempt("trylock_page")
     with mem.locks.atomic:
-        unlocked = ~has(mem.flags[rows(pfns)], PG_locked)
-        mine = rows(pfns if every(unlocked) else pfns[unlocked])
+        which = rows(pfns)
+        unlocked = mem.lock_owner[which] == _NOBODY
+        mine = which if every(unlocked) else rows(pfns[unlocked])
         mem.flags[mine] |= PG_locked
         mem.lock_owner[mine] = current()
     return unlocked
+
+
+def lock_new_page(mem: MemMap, pfns: Pfns) -> None:
+    """Lock *pfns*, fresh from their allocator, which nobody else can have locked.
+
+    Linux: __SetPageLocked(), include/linux/page-flags.h.
+    """
+    which = rows(pfns)
+    with mem.locks.atomic:
+        mem.flags[which] |= PG_locked
+        mem.lock_owner[which] = current()
+
+
+def page_locked(mem: MemMap, pfns: Pfns) -> Mask:
+    """True where somebody has the page lock. Linux: PageLocked(), include/linux/page-flags.h."""
+    return mem.lock_owner[pfns] != _NOBODY
 
 
 def lock_page(mem: MemMap, pfns: Pfns) -> None:
@@ -51,7 +75,7 @@ def wait_on_page_locked(mem: MemMap, pfn: int) -> None:
     """
 
     def unlocked() -> bool:
-        return not mem.flags[pfn] & PG_locked
+        return mem.lock_owner.item(pfn) == NOBODY
 
     if unlocked():
         return
@@ -69,11 +93,11 @@ def unlock_page(mem: MemMap, pfns: Pfns) -> None:
         return
     with mem.locks.atomic:
         mine = rows(pfns)
-        locked = has(mem.flags[mine], PG_locked)
-        if not every(locked):
-            wrong = pfns[~locked]
+        owners = mem.lock_owner[mine]
+        if not every(owners):
+            wrong = pfns[owners == _NOBODY]
             raise KernelBug(f"unlock_page: not locked: {', '.join(map(hex, wrong[:8].tolist()))}")
-        mem.flags[mine] &= ~PG_locked
+        mem.flags[mine] &= _UNLOCKED
         mem.lock_owner[mine] = NOBODY
         mem.locks.wake_up()
     preempt("unlock_page")

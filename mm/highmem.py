@@ -11,9 +11,10 @@ from typing import Final
 
 import numpy as np
 
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Payload, Pfns
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Payload, Pfns, number
 from mm.vectors import nr_pieces, pieces, some, stretches
 
+_ONE: Final = number(1)
 _BLOCK: Final = 128  # rows of a staging copy: 512 KiB, what a core's cache holds
 _WORTH_SLICING: Final = 4  # mean rows per stretch from which slices beat gathering
 
@@ -26,7 +27,8 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
     if not to.size:
         return
     breaks = _breaks(to) | _breaks(frm)
-    if to.size >= _WORTH_SLICING * nr_pieces(breaks):
+    nr_runs = nr_pieces(breaks)
+    if nr_runs == 1 or to.size >= _WORTH_SLICING * nr_runs:
         for run in pieces(breaks, to.size):
             a, b, count = to.item(run.start), frm.item(run.start), run.stop - run.start
             dst[a : a + count] = src[b : b + count]
@@ -44,7 +46,7 @@ def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:
 
 def _breaks(rows: Pfns) -> Mask:
     """True between neighbours that do not follow one another."""
-    return rows[1:] != rows[:-1] + 1
+    return rows[1:] != rows[:-1] + _ONE
 
 
 def memcpy_from_pages(out: Payload, payload: Payload, pfns: Pfns, offset: int) -> None:

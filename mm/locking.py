@@ -155,14 +155,14 @@ class RwSemaphore:
         self.name = name
         self.readers: dict[int, int] = {}
         self.writer = NOBODY
-        self._read = _Held(self._down_read, self._up_read)
-        self._write = _Held(self._down_write, self._up_write)
+        self._read = _Reading(self)
+        self._write = _Writing(self)
 
-    def read(self) -> _Held:
+    def read(self) -> _Reading:
         """`with sem.read():`. Linux: down_read(), up_read()."""
         return self._read
 
-    def write(self) -> _Held:
+    def write(self) -> _Writing:
         """`with sem.write():`. Linux: down_write(), up_write()."""
         return self._write
 
@@ -184,51 +184,62 @@ class RwSemaphore:
         self.writer = current()
         return True
 
-    def _down_read(self) -> None:
-        self._down(self._try_read, holds=self.writer == current())
-
-    def _down_write(self) -> None:
-        self._down(self._try_write, holds=self.held())
-
-    def _down(self, attempt: Callable[[], bool], *, holds: bool) -> None:
-        preempt(self.name)
+    def _wait(self, attempt: Callable[[], bool], *, holds: bool) -> None:
+        """Take what *attempt* did not get at once."""
         if holds:
             raise Deadlock(
                 f"{self.name} is wanted by the thread that holds it; a callback may not map, "
                 f"unmap or exit the process that it works for"
             )
-        with self.locks.atomic:
-            if attempt():
-                return
         self.locks.wait_until(attempt, self.name)
 
-    def _up_read(self) -> None:
-        me = current()
-        with self.locks.atomic:
-            self.readers[me] -= 1
-            if not self.readers[me]:
-                del self.readers[me]
-                self.locks.wake_up()
-        preempt(self.name)
 
-    def _up_write(self) -> None:
-        with self.locks.atomic:
-            self.writer = NOBODY
-            self.locks.wake_up()
-        preempt(self.name)
+class _Reading:
+    """What `with sem.read():` holds."""
 
+    __slots__ = ("sem",)
 
-class _Held:
-    """What `with` holds between taking and giving back."""
-
-    __slots__ = ("down", "up")
-
-    def __init__(self, down: Callable[[], None], up: Callable[[], None]) -> None:
-        self.down = down
-        self.up = up
+    def __init__(self, sem: RwSemaphore) -> None:
+        self.sem = sem
 
     def __enter__(self) -> None:
-        self.down()
+        sem = self.sem
+        preempt(sem.name)
+        with sem.locks.atomic:
+            if sem._try_read():
+                return
+        sem._wait(sem._try_read, holds=sem.writer == current())
 
     def __exit__(self, *exc: object) -> None:
-        self.up()
+        sem, me = self.sem, current()
+        with sem.locks.atomic:
+            if sem.readers[me] > 1:
+                sem.readers[me] -= 1
+            else:
+                del sem.readers[me]
+                sem.locks.wake_up()
+        preempt(sem.name)
+
+
+class _Writing:
+    """What `with sem.write():` holds."""
+
+    __slots__ = ("sem",)
+
+    def __init__(self, sem: RwSemaphore) -> None:
+        self.sem = sem
+
+    def __enter__(self) -> None:
+        sem = self.sem
+        preempt(sem.name)
+        with sem.locks.atomic:
+            if sem._try_write():
+                return
+        sem._wait(sem._try_write, holds=sem.held())
+
+    def __exit__(self, *exc: object) -> None:
+        sem = self.sem
+        with sem.locks.atomic:
+            sem.writer = NOBODY
+            sem.locks.wake_up()
+        preempt(sem.name)

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.errors import KernelBug
+from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_alloc import alloc_pages_bulk
-from mm.page_flags import PG_active, PG_locked, PG_uptodate
+from mm.page_flags import PG_active, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_DEVMAP,
@@ -57,8 +58,8 @@ from mm.swapops import (
 )
 from mm.trace import TracePoint
 from mm.types import VM_WRITE, MemMap, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, pages
-from mm.vectors import distinct, every, has, some, stretches
+from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, pages, word
+from mm.vectors import distinct, every, some, stretches
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 
@@ -169,9 +170,9 @@ def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
         return make_device_private_entry(pfns, np.full(pfns.size, writable))
     prot = vma.vm_page_prot
     if writable:
-        prot |= _PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+        prot = word(prot | _PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
     if pfns.size and mem.is_device_public_page(pfns[:1])[0]:
-        prot |= _PAGE_DEVMAP
+        prot = word(prot | _PAGE_DEVMAP)
     return mk_pte(pfns, prot)
 
 
@@ -263,7 +264,7 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
     could not lock it either, and the CPU would fault on it until the other is done.
     """
     mem = vma.vm_mm.mem
-    locked = has(mem.flags[pfns], PG_locked)
+    locked = page_locked(mem, pfns)
     if some(locked):
         migration_entry_wait(mem, pfns[locked])
         return np.zeros(addrs.size, dtype=np.uint16)
@@ -272,7 +273,7 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
     owners = mem.zone[pfns]
     for index in distinct(owners):
         zone = mem.zones[index]
-        ours = owners == index
+        ours = slice(None) if pfns.size == 1 else owners == index
         if zone is None or zone.pgmap is None:
             raise KernelBug(f"device-private entry for PFN {pfns[ours][0]:#x}, which no device has")
         faults[ours] = zone.pgmap.page_fault(vma, addrs[ours], pfns[ours], write=write)

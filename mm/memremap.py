@@ -15,7 +15,7 @@ from mm.mmzone import Zone
 from mm.page_flags import PG_reserved
 from mm.types import COLUMNS, DevPagemap, MemMap, MemoryType
 from mm.typing import PAGE_SIZE, Pfns
-from mm.vectors import distinct, places, some
+from mm.vectors import distinct, every, places, some
 
 FREE_REFCOUNT = 1  # of a ZONE_DEVICE page; 0 since v5.18 or so
 
@@ -93,4 +93,4 @@ def free_zone_device_page(mem: MemMap, pfns: Pfns) -> None:
         zone = mem.zones[index]
         assert zone is not None
         assert zone.pgmap is not None
-        zone.pgmap.page_free(pfns[owners == index])
+        zone.pgmap.page_free(pfns if every(owners == index) else pfns[owners == index])

@@ -23,14 +23,14 @@ from mm.page_flags import (
     PG_uptodate,
 )
 from mm.types import MemMap
-from mm.typing import Pfns
-from mm.vectors import every, rows
+from mm.typing import Pfns, word
+from mm.vectors import every, rows, some
 
 # What moves with the page, and what the old page loses by it.
-_MOVED_FLAGS: Final = (
+_MOVED_FLAGS: Final = word(
     PG_referenced | PG_uptodate | PG_dirty | PG_active | PG_unevictable | PG_swapbacked
 )
-_LOST_FLAGS: Final = PG_active | PG_unevictable
+_KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
 
 
 def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:
@@ -43,7 +43,9 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.i
     with mem.locks.atomic:
         expected = 1 + mem.is_zone_device_page(old).view(np.int8)
         alone = mem.refcount[rows(old)] == expected
-        moved_old, moved_new = rows(old[alone]), rows(new[alone])
+        if not every(alone):
+            old, new = old[alone], new[alone]
+        moved_old, moved_new = rows(old), rows(new)
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
     return ~alone * np.int32(-errno.EAGAIN)
@@ -54,7 +56,7 @@ def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
     to, frm = rows(new), rows(old)
     with mem.locks.atomic:
         mem.flags[to] |= mem.flags[frm] & _MOVED_FLAGS
-        mem.flags[frm] &= ~_LOST_FLAGS
+        mem.flags[frm] &= _KEPT_FLAGS
 
 
 def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:
@@ -63,11 +65,10 @@ def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:
     Linux: migrate_page() with MIGRATE_SYNC_NO_COPY, mm/migrate.c.
     """
     status = migrate_page_move_mapping(mem, new, old)
-    moved = status == 0
-    if every(moved):
-        migrate_page_states(mem, new, old)
-    else:
-        migrate_page_states(mem, new[moved], old[moved])
+    if some(status):
+        moved = status == 0
+        new, old = new[moved], old[moved]
+    migrate_page_states(mem, new, old)
     return status
 
 

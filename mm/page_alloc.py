@@ -35,7 +35,7 @@ from mm.mmzone import DMA32_END, DMA_END, MAX_ORDER, PageStack, Zone
 from mm.page_flags import NO_FLAGS, PAGE_FLAGS_CHECK_AT_FREE, describe_flags
 from mm.trace import TracePoint
 from mm.types import MemMap
-from mm.typing import Indices, Mask, Pfns, pages
+from mm.typing import Indices, Mask, Pfns, Word, pages, word
 from mm.vectors import nr_pieces, pieces
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
@@ -48,7 +48,7 @@ _ATOMIC, _THISNODE = int(Gfp.ATOMIC), int(Gfp.THISNODE)
 _DIRECT_RECLAIM, _ZERO = int(Gfp.DIRECT_RECLAIM), int(Gfp.ZERO)
 
 _ORDERS: Final = np.arange(MAX_ORDER)
-_ANY_FLAG: Final = ~NO_FLAGS
+_ANY_FLAG: Final = word(~NO_FLAGS)
 _HEAD_MASKS: Final = -(np.int64(1) << _ORDERS)  # pfn & mask: where a block of that order starts
 
 mm_page_alloc = TracePoint("mm_page_alloc")
@@ -271,7 +271,7 @@ def free_pages_prepare(mem: MemMap, pfns: Pfns) -> None:
         fill_pages(mem, pfns, PAGE_POISON)
 
 
-def check_pages(mem: MemMap, pfns: Pfns, flags: np.uint64, what: str) -> None:
+def check_pages(mem: MemMap, pfns: Pfns, flags: Word, what: str) -> None:
     """Raise KernelBug where a page is used, has any of *flags* or starts a free block.
 
     Linux: free_pages_check() and check_new_page().

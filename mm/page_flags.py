@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Final
 
-import numpy as np
+from mm.typing import Word, word
 
 
-def BIT(n: int) -> np.uint64:
+def BIT(n: int) -> Word:
     """The word with only bit *n* set. Linux: BIT(), include/linux/bits.h."""
-    return np.uint64(1 << n)
+    return word(1 << n)
 
 
-NO_FLAGS: Final = np.uint64(0)
+NO_FLAGS: Final = word(0)
 PG_locked: Final = BIT(0)  # somebody owns the page; `lock_owner` says who
 PG_referenced: Final = BIT(2)  # accessed since reclaim last looked
 PG_uptodate: Final = BIT(3)  # contents are valid
@@ -29,7 +29,7 @@ PG_unevictable: Final = BIT(19)  # reclaim must not look at it
 PG_mlocked: Final = BIT(20)  # some VMA that maps it is VM_LOCKED
 
 # What a page that goes back to the allocator may not carry.
-PAGE_FLAGS_CHECK_AT_FREE: Final = (
+PAGE_FLAGS_CHECK_AT_FREE: Final = word(
     PG_locked | PG_lru | PG_active | PG_reserved | PG_unevictable | PG_mlocked
 )
 

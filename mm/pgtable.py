@@ -20,7 +20,7 @@ import numpy as np
 
 from mm.errors import KernelBug, OutOfMemory
 from mm.page_flags import BIT
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, Word, pages, word
 from mm.vectors import every, has, nr_pieces, pieces, places, some
 from mm.vmstat import VmStat
 
@@ -43,17 +43,18 @@ _PAGE_SPECIAL: Final = BIT(9)
 _PAGE_SOFT_DIRTY: Final = BIT(11)
 _PAGE_DEVMAP: Final = BIT(58)
 _PAGE_NX: Final = BIT(63)
-_PAGE_TABLE: Final = _PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_ACCESSED | _PAGE_DIRTY
+_PAGE_TABLE: Final = word(_PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_ACCESSED | _PAGE_DIRTY)
 
-_PRESENT: Final = _PAGE_PRESENT | _PAGE_PROTNONE
-PTE_PFN_MASK: Final = np.uint64(((1 << 52) - 1) & ~(PAGE_SIZE - 1))
-_SHIFT: Final = np.uint64(PAGE_SHIFT)
+_PRESENT: Final = word(_PAGE_PRESENT | _PAGE_PROTNONE)
+_EMPTY: Final = word(0)
+PTE_PFN_MASK: Final = word(((1 << 52) - 1) & ~(PAGE_SIZE - 1))
+_SHIFT: Final = word(PAGE_SHIFT)
 _FEW_PAGES: Final = 8  # in a row from one table, on average: then look each table up once
 
 
 def pte_none(ptes: Ptes) -> Mask:
     """True where nothing is mapped. Linux: pte_none(), asm/pgtable.h."""
-    return ptes == 0
+    return ptes == _EMPTY
 
 
 def pte_present(ptes: Ptes) -> Mask:
@@ -86,7 +87,7 @@ def pte_pfn(ptes: Ptes) -> Pfns:
     return ((ptes & PTE_PFN_MASK) >> _SHIFT).view(np.int64)
 
 
-def mk_pte(pfns: Pfns, prot: np.uint64) -> Ptes:
+def mk_pte(pfns: Pfns, prot: Word) -> Ptes:
     """Entries that map *pfns* with *prot*. Linux: mk_pte(), asm/pgtable.h."""
     return (pfns.view(np.uint64) << _SHIFT) | prot
 
@@ -237,10 +238,14 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     An address that no table covers gives a place in the empty row 0: reading it finds no entry,
     and only callers that made the tables may write. Linux: pte_offset_map(), asm/pgtable.h.
     """
+    if addrs.size == 1:
+        addr = addrs.item()
+        table = _pte_table(pool, pgd, addr >> PMD_SHIFT)
+        return pages(table * PTRS_PER_PTE + _index(addr, PAGE_SHIFT))
     numbers = addrs >> PAGE_SHIFT
-    blocks = addrs >> PMD_SHIFT if addrs.size > 1 else numbers
-    if addrs.size == 1 or (addrs.size and every(blocks == blocks[0])):
-        block = addrs.item(0) >> PMD_SHIFT
+    blocks = addrs >> PMD_SHIFT
+    if addrs.size and every(blocks == blocks[0]):
+        block = blocks.item(0)
         return numbers + (_pte_table(pool, pgd, block) - block) * PTRS_PER_PTE
     within = numbers & (PTRS_PER_PTE - 1)
     if not addrs.size:

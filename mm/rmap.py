@@ -51,10 +51,12 @@ from mm.types import (
     linear_page_index,
     vma_pages,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, number, word
 from mm.vectors import add_at, distinct, every, places, rows, some, stretches
 
-_ONE: Final = np.int32(1)
+_ONE: Final = np.array(1, dtype=np.int32)
+_NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
+_SHIFT: Final = number(PAGE_SHIFT)
 
 
 def anon_vma_prepare(vma: Vma) -> AnonVma:
@@ -179,12 +181,12 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
         with anon_vma.rwsem.read():
             for vma in tuple(anon_vma.vmas):
                 offset = index - vma.vm_pgoff
-                inside = offset.view(np.uint64) < np.uint64(vma_pages(vma))  # negative is huge
+                inside = offset.view(np.uint64) < word(vma_pages(vma))  # negative is huge
                 if len(owners) > 1:
                     inside &= mapping == owner
                 at = places(inside)
                 if at.size:
-                    yield Mapping(vma, at, vma.vm_start + (offset[at] << PAGE_SHIFT))
+                    yield Mapping(vma, at, vma.vm_start + (offset[at] << _SHIFT))
 
 
 def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
@@ -267,7 +269,7 @@ def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
     device = mem.is_zone_device_page(pfns)
     if every(device) and every(mem.is_device_private_page(pfns)):
         return make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
-    entries = mk_pte(pfns, vma.vm_page_prot & ~_PAGE_ACCESSED)
+    entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
     entries |= writable * _PAGE_RW | soft_dirty * _PAGE_SOFT_DIRTY
     if some(device):
         theirs = make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY

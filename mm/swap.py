@@ -21,12 +21,14 @@ from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
 from mm.page_alloc import free_pages_bulk
 from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
 from mm.types import MemMap
-from mm.typing import Indices, Mask, Pfns, Ptes
+from mm.typing import Indices, Mask, Pfns, Ptes, word
 from mm.vectors import add_at, distinct, every, has, places, rows, some
 
-_LRU_KIND: Final = PG_swapbacked | PG_active | PG_unevictable
+_LRU_KIND: Final = word(PG_swapbacked | PG_active | PG_unevictable)
+_OFF_LISTS: Final = word(~(PG_lru | PG_active | PG_unevictable))
+_NOT_LRU: Final = word(~PG_lru)
 _SWAPBACKED, _ACTIVE, _UNEVICTABLE = int(PG_swapbacked), int(PG_active), int(PG_unevictable)
-_NID_SHIFT: Final = np.uint64(32)
+_NID_SHIFT: Final = word(32)
 _COUNTERS: Final = {lru: f"nr_{lru.name.lower()}" for lru in Lru}
 
 
@@ -79,7 +81,7 @@ def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:
         listed = has(flags, PG_lru)
         if some(listed):
             _del_from_lru(mem, pfns[listed], flags[listed])
-        mem.flags[pfns] = flags & ~(PG_lru | PG_active | PG_unevictable)
+        mem.flags[pfns] = flags & _OFF_LISTS
         mem.mapping[pfns] = 0
     free_pages_bulk(mem, pfns, cpu)
 
@@ -203,7 +205,7 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
         flags = mem.flags[pfns]
         isolated = has(flags, PG_lru)
         taken = pfns if every(isolated) else pfns[isolated]
-        mem.flags[rows(taken)] &= ~PG_lru
+        mem.flags[rows(taken)] &= _NOT_LRU
         get_page(mem, taken)
         _del_from_lru(mem, taken, flags[isolated])
     return isolated

@@ -21,13 +21,13 @@ from typing import Final
 import numpy as np
 
 from mm.pgtable import pte_none, pte_present
-from mm.typing import Mask, Pfns, Ptes
+from mm.typing import Mask, Pfns, Ptes, Word, word
 from mm.vectors import has
 
-SWP_TYPE_SHIFT: Final = np.uint64(59)
-SWP_OFFSET_SHIFT: Final = np.uint64(9)
-SWP_OFFSET_MASK: Final = np.uint64((1 << 50) - 1)
-SWP_SOFT_DIRTY: Final = np.uint64(1 << 1)
+SWP_TYPE_SHIFT: Final = word(59)
+SWP_OFFSET_SHIFT: Final = word(9)
+SWP_OFFSET_MASK: Final = word((1 << 50) - 1)
+SWP_SOFT_DIRTY: Final = word(1 << 1)
 
 MAX_SWAPFILES_SHIFT: Final = 5
 MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1
@@ -38,11 +38,11 @@ SWP_DEVICE_WRITE: Final = MAX_SWAPFILES + 3
 SWP_DEVICE_READ: Final = MAX_SWAPFILES + 4
 
 
-_NEXT_TYPE: Final = np.uint64(1 << 59)
-_FIRST: Final = tuple(np.uint64(kind << 59) for kind in range(1 << MAX_SWAPFILES_SHIFT))
+_NEXT_TYPE: Final = word(1 << 59)
+_FIRST: Final = tuple(word(kind << 59) for kind in range(1 << MAX_SWAPFILES_SHIFT))
 
 
-def _first(kind: int) -> np.uint64:
+def _first(kind: int) -> Word:
     """The lowest entry of swap type *kind*."""
     return _FIRST[kind]
 

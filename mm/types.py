@@ -23,7 +23,7 @@ from mm.pgtable import (
     _PAGE_USER,
     TablePool,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns, Word, number, word
 from mm.vmstat import VmStat
 
 
@@ -51,6 +51,7 @@ COLUMNS: Final = (
 BYTES_PER_PAGE: Final = sum(np.dtype(column.dtype).itemsize for column in COLUMNS)
 
 PAGE_MAPPING_ANON: Final = 1
+_ANON: Final = number(PAGE_MAPPING_ANON)
 
 
 class MemoryType(IntEnum):
@@ -86,6 +87,7 @@ class MemMap:
         for column in COLUMNS:
             setattr(self, column.name, np.zeros(limit_pfn, dtype=column.dtype))
         self.max_pfn = max_pfn  # first PFN above system memory
+        self._first_device_pfn = number(max_pfn)
         self.limit_pfn = limit_pfn  # first PFN that no device can have either
         self.payload: Payload | None = None  # contents of system memory, uint8[max_pfn, 4096]
         if payload:
@@ -116,7 +118,7 @@ class MemMap:
 
     def is_zone_device_page(self, pfns: Pfns) -> Mask:
         """True for device memory of any type. Linux: is_zone_device_page()."""
-        return pfns >= self.max_pfn
+        return pfns >= self._first_device_pfn
 
     def is_device_private_page(self, pfns: Pfns) -> Mask:
         """True for memory that only its device can touch. Linux: is_device_private_page()."""
@@ -134,7 +136,7 @@ class MemMap:
 
 def page_anon(mem: MemMap, pfns: Pfns) -> Mask:
     """True for anonymous pages. Linux: PageAnon(), include/linux/page-flags.h."""
-    return (mem.mapping[pfns] & PAGE_MAPPING_ANON) != 0
+    return (mem.mapping[pfns] & _ANON).astype(np.bool_)
 
 
 class VmFault(IntFlag):
@@ -185,19 +187,19 @@ VM_MIXEDMAP: Final = 0x10000000
 VM_SPECIAL: Final = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
 
 
-def vm_get_page_prot(vm_flags: int) -> np.uint64:
+def vm_get_page_prot(vm_flags: int) -> Word:
     """Bits of a fresh entry; a private mapping's are read-only, as a store must fault first.
 
     Linux: vm_get_page_prot(), mm/mmap.c.
     """
     if not vm_flags & (VM_READ | VM_WRITE | VM_EXEC):
-        return _PAGE_PROTNONE | _PAGE_ACCESSED
+        return word(_PAGE_PROTNONE | _PAGE_ACCESSED)
     prot = _PAGE_PRESENT | _PAGE_USER | _PAGE_ACCESSED
     if not vm_flags & VM_EXEC:
         prot |= _PAGE_NX
     if vm_flags & VM_SHARED and vm_flags & VM_WRITE:
         prot |= _PAGE_RW
-    return prot
+    return word(prot)
 
 
 @dataclass(slots=True, eq=False)

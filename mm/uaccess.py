@@ -28,7 +28,7 @@ from mm.pgtable import (
     pte_pfn,
 )
 from mm.types import VM_EXEC, VM_FAULT_ERROR, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns
+from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, word
 from mm.vectors import every, places
 
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
@@ -37,8 +37,8 @@ Use: TypeAlias = Callable[[int, Pfns], None]
 BLOCK: Final = (
     1 << 16
 )  # pages that one pass faults in and touches; memset() is at its best on 256 MiB
-_STORE: Final = _PAGE_PRESENT | _PAGE_RW  # what a store needs of an entry, and leaves in it
-_STORED: Final = _PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+_STORE: Final = word(_PAGE_PRESENT | _PAGE_RW)  # what a store needs of an entry, and leaves in it
+_STORED: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 MAX_RETRIES: Final = 1000  # faults that changed nothing, in a row, before we call it a lockup
 
 
@@ -82,7 +82,11 @@ def _use_ready(
         at = pte_offset(pool, mm.pgd, addrs)
         ptes = pool.entries[at]
         ready = (ptes & need) == need
-        used = addrs.size if every(ready) else int(np.argmin(ready))
+        if every(ready):
+            pool.entries[at] = ptes | mark
+            use(place, pte_pfn(ptes))
+            return addrs.size, addrs[:0]
+        used = int(ready.argmin())
         if used:
             pool.entries[at[:used]] = ptes[:used] | mark
             use(place, pte_pfn(ptes[:used]))
@@ -100,7 +104,8 @@ def _fault_in(
             vma = find_vma(mm, addr)
             if vma is None or vma.vm_start > addr or access_error(vma, write=write):
                 return addr, _segmentation_fault(mm, vma, addr, write=write)
-            here = addrs[done : int(np.searchsorted(addrs, vma.vm_end))]
+            inside = addrs.item(-1) < vma.vm_end
+            here = addrs[done : None if inside else int(addrs.searchsorted(vma.vm_end))]
             faults = handle_mm_fault(vma, here, write=write, cpu=cpu)
             failed = places(faults & VM_FAULT_ERROR)
             if failed.size:

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mm.typing import Indices, Mask
+from mm.typing import Indices, Mask, Word
 
 
 def some(mask: NDArray[Any]) -> bool:
     """True if any element is true, or not 0."""
-    return np.count_nonzero(mask) != 0
+    return bool(mask.item() if mask.size == 1 else np.count_nonzero(mask))
 
 
 def every(mask: NDArray[Any]) -> bool:
     """True if all elements are; also of no elements."""
-    return np.count_nonzero(mask) == mask.size
+    return bool(mask.item() if mask.size == 1 else np.count_nonzero(mask) == mask.size)
 
 
-def has(words: NDArray[np.uint64], bits: np.uint64) -> Mask:
+def has(words: NDArray[np.uint64], bits: Word) -> Mask:
     """True where a word has any of *bits*."""
     return (words & bits).astype(np.bool_)
 
@@ -40,6 +40,13 @@ def distinct(values: NDArray[Any]) -> list[int]:
     if values.size == 1 or (values.size and every(values == values[0])):
         return [values.item(0)]
     return np.unique(values).tolist()
+
+
+def parted(values: NDArray[np.int64], mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Those of *values* where *mask* is true, and the others."""
+    if every(mask):
+        return values, values[:0]
+    return values[mask], values[~mask]
 
 
 def rows(numbers: Indices) -> slice | Indices:
@@ -58,7 +65,7 @@ def rows(numbers: Indices) -> slice | Indices:
 def add_at(column: NDArray[np.int32], numbers: Indices, amount: int) -> None:
     """Add *amount* to column[n] for each of *numbers*; one that repeats counts as often."""
     which = rows(numbers)
-    if isinstance(which, slice):
+    if isinstance(which, slice) or numbers.size == 1:
         column[which] += np.int32(amount)
     else:
         np.add.at(column, which, np.int32(amount))

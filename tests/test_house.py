@@ -26,9 +26,11 @@ OURS = {
         "pgtable": "pte_tables",
         "swap": "lru_pages",
         "swapops": "swp_type swp_offset",
-        "typing": "pages",
+        "typing": "pages word number",
         "uaccess": "access_pages page_range gather_from_user scatter_to_user",
-        "vectors": ("some every has places distinct rows add_at joined pieces nr_pieces stretches"),
+        "vectors": (
+            "some every has places distinct parted rows add_at joined pieces nr_pieces stretches"
+        ),
     },
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
     "tracing as Python has it": {"trace": "names listen to_structlog"},

@@ -23,7 +23,7 @@ class TestWords:
         """Each flag is the bit that it is in v4.20, as a word that stays uint64 in arithmetic."""
         flag = getattr(hmm, f"MIGRATE_PFN_{name}")
 
-        assert (1 << bit, np.uint64) == (flag, type(flag))
+        assert (1 << bit, np.uint64) == (flag, (flag | flag).dtype)
 
     @given(PFNS)
     def test_word_of_a_pfn(self, pfns):

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from mm import Machine
 from mm.errors import Deadlock, KernelBug
-from mm.filemap import lock_page, trylock_page, unlock_page, wait_on_page_locked
+from mm.filemap import (
+    lock_new_page,
+    lock_page,
+    page_locked,
+    trylock_page,
+    unlock_page,
+    wait_on_page_locked,
+)
 from mm.locking import NOBODY, current, preempt
 from mm.page_flags import PG_dirty, PG_locked
 from mm.typing import pages
@@ -66,6 +73,18 @@ class TestTrylockPage:
         unlock_page(mem, PAGES)
 
         assert (mem.flags[PAGES] == PG_dirty).all()
+
+
+class TestLockNewPage:
+    @given(fresh=subsets)
+    def test_as_if_it_had_been_tried(self, fresh):
+        """Pages that nobody else knows are locked without a question."""
+        mem = memory()
+
+        lock_new_page(mem, pages(*fresh))
+
+        assert dict.fromkeys(fresh, current()) == locked(mem)
+        assert [pfn in fresh for pfn in PAGES] == page_locked(mem, PAGES).tolist()
 
 
 class TestUnlockPage:

@@ -32,7 +32,7 @@ from mm.swap import put_page
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 COPIED = [PG_referenced, PG_uptodate, PG_dirty, PG_active, PG_unevictable]
-flag_words = st.sets(st.sampled_from([*COPIED, PG_swapbacked])).map(lambda bits: int(sum(bits)))
+flag_words = st.sets(st.sampled_from([int(bit) for bit in (*COPIED, PG_swapbacked)])).map(sum)
 old_pages = st.lists(
     st.fixed_dictionaries(
         {

@@ -15,6 +15,7 @@ from mm.vectors import (
     has,
     joined,
     nr_pieces,
+    parted,
     pieces,
     places,
     rows,
@@ -99,6 +100,16 @@ class TestNumbers:
 
         assert [value for vector in vectors for value in vector] == whole.tolist()
         assert np.int64 == whole.dtype
+
+    @given(values=numbers, data=st.data())
+    def test_parted(self, values, data):
+        """Nothing is lost and the order stays, on both sides."""
+        mask = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+
+        chosen, others = parted(pages(*values), np.array(mask, dtype=np.bool_))
+
+        assert [v for v, kept in zip(values, mask, strict=True) if kept] == chosen.tolist()
+        assert [v for v, kept in zip(values, mask, strict=True) if not kept] == others.tolist()
 
 
 class TestPieces:
