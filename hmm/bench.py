@@ -76,7 +76,7 @@ class _Bench:
         self.machine = Machine(("1GiB",))
         self.gpu = _open_numpy(self.machine, SIZE)
         assert self.machine.mem.payload is not None
-        self.machine.mem.payload[:] = 1
+        self.machine.mem.payload[: self.machine.mem.max_pfn] = 1
         self.gpu.memory[:] = 1
 
     def against_copy(self, name: str, prepare: Work, work: Work) -> Figure:

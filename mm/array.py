@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from mm.sched import IDLE, Task, running
 from mm.types import MmStruct
 from mm.typing import Addresses
 from mm.uaccess import copy_from_user, copy_to_user, gather_from_user, scatter_to_user
@@ -25,13 +26,18 @@ class ProcessArray:
     """*shape* elements of *dtype* at *addr* of an address space, in C order."""
 
     def __init__(
-        self, mm: MmStruct, addr: int, shape: tuple[int, ...], dtype: np.dtype[Any], cpu: int = 0
+        self,
+        mm: MmStruct,
+        addr: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        task: Task = IDLE,
     ) -> None:
         self.mm = mm
         self.addr: Final = addr
         self.shape: Final = shape
         self.dtype: Final = dtype
-        self._cpu = cpu
+        self._task = task
 
     @property
     def size(self) -> int:
@@ -58,10 +64,11 @@ class ProcessArray:
         """The elements that *key* selects, as `numpy.ndarray.__getitem__` would."""
         chosen = self._select(key)
         raw = np.empty(prod(chosen.shape) * self.dtype.itemsize, dtype=np.uint8)
-        if chosen.contiguous:
-            copy_from_user(self.mm, chosen.start, raw, cpu=self._cpu)
-        else:
-            raw = gather_from_user(self.mm, chosen.byte_addresses(self.dtype), cpu=self._cpu)
+        with running(self._task):
+            if chosen.contiguous:
+                copy_from_user(self.mm, chosen.start, raw)
+            else:
+                raw = gather_from_user(self.mm, chosen.byte_addresses(self.dtype))
         elements = raw.view(self.dtype).reshape(chosen.shape)
         return elements if chosen.shape else elements[()]
 
@@ -71,10 +78,11 @@ class ProcessArray:
         elements = np.empty(chosen.shape, dtype=self.dtype)
         elements[...] = value
         raw = elements.reshape(-1).view(np.uint8)
-        if chosen.contiguous:
-            copy_to_user(self.mm, chosen.start, raw, cpu=self._cpu)
-        else:
-            scatter_to_user(self.mm, chosen.byte_addresses(self.dtype), raw, cpu=self._cpu)
+        with running(self._task):
+            if chosen.contiguous:
+                copy_to_user(self.mm, chosen.start, raw)
+            else:
+                scatter_to_user(self.mm, chosen.byte_addresses(self.dtype), raw)
 
     def _select(self, key: Any) -> _Selection:
         """What *key* selects, by letting NumPy index an array of the same layout."""

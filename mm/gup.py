@@ -38,9 +38,7 @@ class Pin:
             put_page(self.mem, self.pfns)
 
 
-def pin_user_pages(
-    mm: MmStruct, addr: int, nbytes: int, *, write: bool = True, cpu: int = 0
-) -> Pin:
+def pin_user_pages(mm: MmStruct, addr: int, nbytes: int, *, write: bool = True) -> Pin:
     """Fault in the pages of [*addr*, *addr* + *nbytes*) and hold a reference to each.
 
     A page in device memory comes back first; the zero page is not counted.
@@ -56,7 +54,7 @@ def pin_user_pages(
         pin.pfns = np.concatenate((pin.pfns, pfns))
 
     try:
-        access_pages(mm, page_range(addr, nbytes), hold, write=write, cpu=cpu)
+        access_pages(mm, page_range(addr, nbytes), hold, write=write)
     except BaseException:
         pin.release()
         raise

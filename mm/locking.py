@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from mm.errors import Deadlock
 
@@ -64,6 +64,7 @@ class _Threads(threading.local):
     """Gives each thread a small number, which fits the column `lock_owner`."""
 
     def __init__(self) -> None:
+        self.task: Any = None  # the Task of mm/sched.py that it runs
         try:
             self.number = _numbers.pop()
         except IndexError:
@@ -73,12 +74,12 @@ class _Threads(threading.local):
 
 _numbers: list[int] = []  # of threads that are gone
 _fresh_numbers = itertools.count(1)
-_threads = _Threads()
+this_thread: Final = _Threads()
 
 
 def current() -> int:
     """The number of the running thread, 1 to 65535. Linux: current, asm/current.h."""
-    return _threads.number
+    return this_thread.number
 
 
 class Locks:

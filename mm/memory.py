@@ -48,6 +48,7 @@ from mm.rmap import (
     page_add_new_anon_rmap,
     page_remove_rmap,
 )
+from mm.sched import current_task
 from mm.swap import lru_cache_add, put_page
 from mm.swapops import (
     is_device_private_entry,
@@ -57,7 +58,7 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.trace import TracePoint
-from mm.types import VM_WRITE, MemMap, MmStruct, Vma, VmFault
+from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, pages, word
 from mm.vectors import distinct, every, some, stretches
 
@@ -66,7 +67,7 @@ Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 page_fault_user: Final = TracePoint("page_fault_user")
 
 
-def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) -> Faults:
+def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool) -> Faults:
     """Serve faults at *addrs* (page addresses inside *vma*, ascending); a VmFault word for each.
 
     Called with mmap_sem held for read; the caller has checked that *vma* allows the access.
@@ -74,7 +75,32 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) ->
     """
     preempt("handle_mm_fault")
     mm = vma.vm_mm
-    mm.mem.vmstat.add("pgfault", addrs.size)
+    faults = _handle_pte_faults(vma, addrs, write=write)
+    mm_account_fault(mm.mem, faults)
+    return faults
+
+
+def mm_account_fault(mem: MemMap, faults: Faults) -> None:
+    """Count *faults* for the machine, and those that ended well for the task that runs.
+
+    Linux: mm_account_fault(), mm/memory.c, v5.9; before, each architecture's fault handler, which
+    never saw those of get_user_pages().
+    """
+    mem.vmstat.add("pgfault", faults.size)
+    task = current_task()
+    if not some(faults):
+        task.min_flt += faults.size
+        return
+    failed, major = (faults & VM_FAULT_ERROR) != 0, (faults & VmFault.MAJOR) != 0
+    nr_major = int(np.count_nonzero(major & ~failed))
+    mem.vmstat.add("pgmajfault", nr_major)
+    task.maj_flt += nr_major
+    task.min_flt += faults.size - nr_major - int(np.count_nonzero(failed))
+
+
+def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool) -> Faults:
+    """Linux: handle_pte_fault(), mm/memory.c."""
+    mm = vma.vm_mm
     if page_fault_user:
         page_fault_user(process=mm.name, addrs=addrs, write=write)
     at = pte_offset_alloc(mm, addrs)
@@ -82,7 +108,7 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) ->
 
     none = pte_none(ptes)
     if every(none):
-        return do_anonymous_page(vma, addrs, at, write=write, cpu=cpu)
+        return do_anonymous_page(vma, addrs, at, write=write)
     present = pte_present(ptes)
     if not some(none | present):
         return do_swap_page(vma, addrs, ptes, write=write)
@@ -90,11 +116,11 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, cpu: int = 0) ->
     away = ~none & ~present
     kept = present & ~pte_write(ptes) if write else np.zeros_like(none)
     if some(none):
-        faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write, cpu=cpu)
+        faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write)
     if some(away):
         faults[away] = do_swap_page(vma, addrs[away], ptes[away], write=write)
     if some(kept):
-        faults[kept] = do_wp_page(vma, addrs[kept], at[kept], cpu=cpu)
+        faults[kept] = do_wp_page(vma, addrs[kept], at[kept])
     return faults
 
 
@@ -111,9 +137,7 @@ def pte_offset_alloc(mm: MmStruct, addrs: Addresses) -> Indices:
     return at
 
 
-def do_anonymous_page(
-    vma: Vma, addrs: Addresses, at: Indices, *, write: bool, cpu: int = 0
-) -> Faults:
+def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -> Faults:
     """First touch: map the zero page for reads, zeroed frames for writes.
 
     Linux: do_anonymous_page(), mm/memory.c.
@@ -127,6 +151,7 @@ def do_anonymous_page(
         mem.vmstat.add("zeropage_read_faults", addrs.size)
         return np.zeros(addrs.size, dtype=np.uint16)
 
+    cpu = current_task().cpu
     pfns, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
     with mm.page_table_lock:
         here = at[: pfns.size]
@@ -183,7 +208,7 @@ def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     lru_cache_add(mem, pfns, cpu)
 
 
-def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, cpu: int = 0) -> Faults:
+def do_wp_page(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
     """A store to read-only entries of a writable mapping: use the page, or copy it.
 
     A page that only this entry maps is made writable as it is. The zero page, and one that
@@ -198,16 +223,17 @@ def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, cpu: int = 0) -> Faul
     faults = np.zeros(addrs.size, dtype=np.uint16)
     shared = readonly & ~sole
     if some(shared):
-        faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared], cpu=cpu)
+        faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared])
     return faults
 
 
-def wp_page_copy(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, cpu: int = 0) -> Faults:
+def wp_page_copy(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes) -> Faults:
     """Frames of their own in place of the pages in *ptes*, with the same contents.
 
     An entry that has changed meanwhile stays as it is. Linux: wp_page_copy(), mm/memory.c.
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
+    cpu = current_task().cpu
     new, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
     addrs, at, ptes = addrs[: new.size], at[: new.size], ptes[: new.size]
     old, zero = pte_pfn(ptes), pte_special(ptes)

@@ -16,11 +16,13 @@ from mm.filemap import wait_on_page_locked
 from mm.locking import preempt
 from mm.page_flags import (
     PG_active,
+    PG_anon_exclusive,
     PG_dirty,
     PG_referenced,
     PG_swapbacked,
     PG_unevictable,
     PG_uptodate,
+    PG_workingset,
 )
 from mm.types import MemMap
 from mm.typing import Pfns, word
@@ -28,7 +30,14 @@ from mm.vectors import every, rows, some
 
 # What moves with the page, and what the old page loses by it.
 _MOVED_FLAGS: Final = word(
-    PG_referenced | PG_uptodate | PG_dirty | PG_active | PG_unevictable | PG_swapbacked
+    PG_referenced
+    | PG_uptodate
+    | PG_dirty
+    | PG_active
+    | PG_workingset
+    | PG_unevictable
+    | PG_swapbacked
+    | PG_anon_exclusive
 )
 _KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
 

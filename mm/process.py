@@ -11,6 +11,7 @@ from mm.errors import InvalidArgument, InvalidRange
 from mm.gup import Pin, pin_user_pages
 from mm.memparse import Size, memparse
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
+from mm.sched import Task, running
 from mm.types import (
     VM_EXEC,
     VM_MAYEXEC,
@@ -27,12 +28,11 @@ from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 _PROT = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
 
 
-class Process:
+class Process(Task):
     """A task with its own mm_struct; made by `Machine.spawn()`. Linux: struct task_struct."""
 
     def __init__(self, mem: MemMap, name: str, cpu: int = 0) -> None:
-        self.name = name
-        self.cpu = cpu  # that it runs on: whose node and lists serve its faults
+        super().__init__(name, cpu)
         self.mm = MmStruct(mem, name)
 
     def __repr__(self) -> str:
@@ -94,7 +94,8 @@ class Process:
         """CPU load of *nbytes*. Raises SegmentationFault, BusError, OutOfMemory."""
         self._check_range("read", addr, nbytes)
         out = np.empty(nbytes, dtype=np.uint8)
-        copy_from_user(self._alive(), addr, out, cpu=self.cpu)
+        with running(self):
+            copy_from_user(self._alive(), addr, out)
         return out.tobytes()
 
     def write(self, addr: int, data: Any) -> None:
@@ -102,13 +103,15 @@ class Process:
         leaves what came before it stored."""
         raw = np.frombuffer(data, dtype=np.uint8)
         self._check_range("write", addr, raw.size)
-        copy_to_user(self._alive(), addr, raw, cpu=self.cpu)
+        with running(self):
+            copy_to_user(self._alive(), addr, raw)
 
     def touch(self, addr: int, nbytes: Size, *, write: bool = True) -> None:
         """CPU access to each page of a range that leaves the bytes as they are."""
         size = memparse(nbytes)
         self._check_range("touch", addr, size)
-        touch_pages(self._alive(), addr, size, write=write, cpu=self.cpu)
+        with running(self):
+            touch_pages(self._alive(), addr, size, write=write)
 
     def array(self, shape: int | tuple[int, ...], dtype: Any = "float64") -> ProcessArray:
         """New anonymous memory that looks like an array of zeros."""
@@ -117,13 +120,14 @@ class Process:
         if kind.hasobject or kind.itemsize == 0 or any(extent < 1 for extent in shape):
             raise InvalidArgument(f"array: no memory holds shape {shape} of dtype {dtype!r}")
         addr = self.mmap(int(np.prod(shape, dtype=object)) * kind.itemsize)
-        return ProcessArray(self.mm, addr, shape, kind, self.cpu)
+        return ProcessArray(self.mm, addr, shape, kind, self)
 
     def pin(self, addr: int, nbytes: Size, *, write: bool = True) -> Pin:
         """Hold the pages of a range in place, as a device does that reads them by DMA."""
         size = memparse(nbytes)
         self._check_range("pin", addr, size)
-        return pin_user_pages(self._alive(), addr, size, write=write, cpu=self.cpu)
+        with running(self):
+            return pin_user_pages(self._alive(), addr, size, write=write)
 
     def _alive(self) -> MmStruct:
         if self.mm.exited:

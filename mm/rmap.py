@@ -19,7 +19,7 @@ import numpy as np
 from mm.errors import KernelBug
 from mm.locking import RwSemaphore
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_flags import PG_dirty, PG_swapbacked
+from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_swapbacked
 from mm.page_vma_mapped import page_vma_mapped_walk
 from mm.pgtable import (
     _PAGE_ACCESSED,
@@ -55,6 +55,7 @@ from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Pte
 from mm.vectors import add_at, distinct, every, places, rows, some, stretches
 
 _ONE: Final = np.array(1, dtype=np.int32)
+_NEW_ANON: Final = word(PG_swapbacked | PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _SHIFT: Final = number(PAGE_SHIFT)
 
@@ -128,7 +129,7 @@ def page_add_new_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses) -> None:
     """First mapping of fresh *pfns* at *addrs*. Linux: page_add_new_anon_rmap(), mm/rmap.c."""
     mem = vma.vm_mm.mem
     assert vma.anon_vma is not None
-    mem.flags[pfns] |= PG_swapbacked
+    mem.flags[pfns] |= _NEW_ANON
     mem.mapcount[pfns] = 1
     mem.mapping[pfns] = (vma.anon_vma.number << 2) | PAGE_MAPPING_ANON
     mem.index[pfns] = linear_page_index(vma, addrs)

@@ -30,12 +30,14 @@ SWP_OFFSET_MASK: Final = word((1 << 50) - 1)
 SWP_SOFT_DIRTY: Final = word(1 << 1)
 
 MAX_SWAPFILES_SHIFT: Final = 5
-MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1
-SWP_HWPOISON: Final = MAX_SWAPFILES
-SWP_MIGRATION_READ: Final = MAX_SWAPFILES + 1
-SWP_MIGRATION_WRITE: Final = MAX_SWAPFILES + 2
-SWP_DEVICE_WRITE: Final = MAX_SWAPFILES + 3
-SWP_DEVICE_READ: Final = MAX_SWAPFILES + 4
+MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1 - 2
+SWP_DEVICE_EXCLUSIVE_WRITE: Final = MAX_SWAPFILES  # since v5.14
+SWP_DEVICE_EXCLUSIVE_READ: Final = MAX_SWAPFILES + 1
+SWP_HWPOISON: Final = MAX_SWAPFILES + 2
+SWP_MIGRATION_READ: Final = MAX_SWAPFILES + 3
+SWP_MIGRATION_WRITE: Final = MAX_SWAPFILES + 4
+SWP_DEVICE_WRITE: Final = MAX_SWAPFILES + 5
+SWP_DEVICE_READ: Final = MAX_SWAPFILES + 6
 
 
 _NEXT_TYPE: Final = word(1 << 59)
@@ -110,6 +112,27 @@ def is_device_private_entry(ptes: Ptes) -> Mask:
 def is_write_device_private_entry(ptes: Ptes) -> Mask:
     """True for writable device-private entries. Linux: is_write_device_private_entry()."""
     return (ptes >= _first(SWP_DEVICE_WRITE)) & (ptes < _first(SWP_DEVICE_READ))
+
+
+def make_device_exclusive_entry(pfns: Pfns, write: Mask) -> Ptes:
+    """Entries for ordinary *pfns* that a device has for itself; writable where *write*.
+
+    Linux: make_writable_device_exclusive_entry(), include/linux/swapops.h, v5.14.
+    """
+    return swp_entry(SWP_DEVICE_EXCLUSIVE_READ, pfns) - write * _NEXT_TYPE
+
+
+def is_device_exclusive_entry(ptes: Ptes) -> Mask:
+    """True where a device has the page for itself. Linux: is_device_exclusive_entry(), v5.14."""
+    return (ptes >= _first(SWP_DEVICE_EXCLUSIVE_WRITE)) & (ptes < _first(SWP_HWPOISON))
+
+
+def is_write_device_exclusive_entry(ptes: Ptes) -> Mask:
+    """True for those of them that were writable.
+
+    Linux: is_writable_device_exclusive_entry(), include/linux/swapops.h, v5.14.
+    """
+    return (ptes >= _first(SWP_DEVICE_EXCLUSIVE_WRITE)) & (ptes < _first(SWP_DEVICE_EXCLUSIVE_READ))
 
 
 def make_hwpoison_entry(pfns: Pfns) -> Ptes:

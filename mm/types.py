@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import mmap as host
+import sys
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Final, NamedTuple, Protocol
@@ -50,6 +52,9 @@ COLUMNS: Final = (
 )
 BYTES_PER_PAGE: Final = sum(np.dtype(column.dtype).itemsize for column in COLUMNS)
 
+_MAP_NORESERVE: Final = getattr(host, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_MADV_HUGEPAGE: Final = getattr(host, "MADV_HUGEPAGE", None)
+
 PAGE_MAPPING_ANON: Final = 1
 _ANON: Final = number(PAGE_MAPPING_ANON)
 
@@ -89,9 +94,9 @@ class MemMap:
         self.max_pfn = max_pfn  # first PFN above system memory
         self._first_device_pfn = number(max_pfn)
         self.limit_pfn = limit_pfn  # first PFN that no device can have either
-        self.payload: Payload | None = None  # contents of system memory, uint8[max_pfn, 4096]
-        if payload:
-            self.payload = np.zeros((max_pfn, PAGE_SIZE), dtype=np.uint8)
+        # What the CPU can address, uint8[limit_pfn, 4096]: system and device-public memory. The
+        # rows of device-private pages are never touched.
+        self.payload: Payload | None = _reserve_payload(limit_pfn) if payload else None
         self.zero_pfn = 0  # the frame of zeros that read faults map; set at boot
         self.debug = False  # freed frames are filled with junk, allocations are checked
         # Thread that took each page from where it was free; kept while debugging only.
@@ -132,6 +137,15 @@ class MemMap:
         """The driver's pagemap behind a device page. Linux: page->pgmap."""
         zone = self.zones[int(self.zone[pfn])]
         return zone.pgmap if zone is not None else None
+
+
+def _reserve_payload(rows: int) -> Payload:
+    """Zeros that the host commits as they are touched, by huge pages where it has them."""
+    flags = host.MAP_PRIVATE | host.MAP_ANONYMOUS | _MAP_NORESERVE
+    space = host.mmap(-1, rows * PAGE_SIZE, flags=flags)
+    if _MADV_HUGEPAGE is not None:
+        space.madvise(_MADV_HUGEPAGE)
+    return np.frombuffer(space, dtype=np.uint8).reshape(rows, PAGE_SIZE)
 
 
 def page_anon(mem: MemMap, pfns: Pfns) -> Mask:
@@ -181,9 +195,18 @@ VM_MAYEXEC: Final = 0x00000040
 VM_PFNMAP: Final = 0x00000400
 VM_LOCKED: Final = 0x00002000
 VM_IO: Final = 0x00004000
+VM_DONTCOPY: Final = 0x00020000
 VM_DONTEXPAND: Final = 0x00040000
+VM_LOCKONFAULT: Final = 0x00080000
+VM_ACCOUNT: Final = 0x00100000
+VM_NORESERVE: Final = 0x00200000
 VM_HUGETLB: Final = 0x00400000
+VM_WIPEONFORK: Final = 0x02000000
+VM_SOFTDIRTY: Final = 0x08000000
 VM_MIXEDMAP: Final = 0x10000000
+VM_HUGEPAGE: Final = 0x20000000
+VM_NOHUGEPAGE: Final = 0x40000000
+VM_MERGEABLE: Final = 0x80000000
 VM_SPECIAL: Final = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
 
 
@@ -223,6 +246,7 @@ class Vma:
         "vm_mm",
         "vm_page_prot",
         "vm_pgoff",
+        "vm_policy",
         "vm_start",
     )
 
@@ -234,6 +258,7 @@ class Vma:
         self.vm_pgoff = pgoff  # in pages; of anonymous memory: the address it was mapped at
         self.vm_page_prot = vm_get_page_prot(vm_flags)
         self.vm_file: Any = None
+        self.vm_policy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the task's
         self.anon_vma: AnonVma | None = None  # where new anonymous pages of this VMA belong
         self.anon_vma_chain: list[AnonVma] = []  # every anon_vma that lists this VMA
 
@@ -271,6 +296,7 @@ class MmStruct:
         self.mmap_sem = RwSemaphore(mem.locks, f"mmap_sem of {name}")
         self.page_table_lock = SpinLock(mem.locks, f"page_table_lock of {name}")
         self.anon_rss = 0  # MM_ANONPAGES
+        self.swapents = 0  # MM_SWAPENTS: swap entries in the page tables
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
         self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py

@@ -42,7 +42,7 @@ _STORED: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 MAX_RETRIES: Final = 1000  # faults that changed nothing, in a row, before we call it a lockup
 
 
-def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool, cpu: int = 0) -> None:
+def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> None:
     """Let *use* have the pages at *addrs* (ascending page addresses), faulting them in.
 
     *use* is called for stretches of *addrs* in order, with accessed and dirty bits set, and runs
@@ -58,7 +58,7 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool, cpu: 
         if used:
             block, retries = BLOCK, 0
         if missing.size:
-            failed_at, error = _fault_in(mm, missing, write=write, cpu=cpu)
+            failed_at, error = _fault_in(mm, missing, write=write)
             if error is not None:
                 limit, failure = int(np.searchsorted(addrs, failed_at)), error
             if not used:
@@ -93,9 +93,7 @@ def _use_ready(
     return used, addrs[~ready]
 
 
-def _fault_in(
-    mm: MmStruct, addrs: Addresses, *, write: bool, cpu: int
-) -> tuple[int, MmError | None]:
+def _fault_in(mm: MmStruct, addrs: Addresses, *, write: bool) -> tuple[int, MmError | None]:
     """Serve faults at *addrs* until one fails; that address and the error, or 0 and None."""
     done = 0
     with mm.mmap_sem.read():
@@ -106,7 +104,7 @@ def _fault_in(
                 return addr, _segmentation_fault(mm, vma, addr, write=write)
             inside = addrs.item(-1) < vma.vm_end
             here = addrs[done : None if inside else int(addrs.searchsorted(vma.vm_end))]
-            faults = handle_mm_fault(vma, here, write=write, cpu=cpu)
+            faults = handle_mm_fault(vma, here, write=write)
             failed = places(faults & VM_FAULT_ERROR)
             if failed.size:
                 addr = here.item(failed[0])
@@ -154,7 +152,7 @@ def _payload(mm: MmStruct) -> Payload:
     return mm.mem.payload
 
 
-def copy_from_user(mm: MmStruct, addr: int, out: Payload, *, cpu: int = 0) -> None:
+def copy_from_user(mm: MmStruct, addr: int, out: Payload) -> None:
     """Load uint8[n] *out* from [*addr*, *addr* + n). Linux: copy_from_user(), asm/uaccess.h."""
     payload = _payload(mm)
     first = addr & ~(PAGE_SIZE - 1)
@@ -164,10 +162,10 @@ def copy_from_user(mm: MmStruct, addr: int, out: Payload, *, cpu: int = 0) -> No
         end = first + (place + pfns.size) * PAGE_SIZE
         memcpy_from_pages(out[begin - addr : end - addr], payload, pfns, begin % PAGE_SIZE)
 
-    access_pages(mm, page_range(addr, out.size), load, write=False, cpu=cpu)
+    access_pages(mm, page_range(addr, out.size), load, write=False)
 
 
-def copy_to_user(mm: MmStruct, addr: int, data: Payload, *, cpu: int = 0) -> None:
+def copy_to_user(mm: MmStruct, addr: int, data: Payload) -> None:
     """Store uint8[n] *data* at *addr*. Linux: copy_to_user(), asm/uaccess.h."""
     payload = _payload(mm)
     first = addr & ~(PAGE_SIZE - 1)
@@ -177,10 +175,10 @@ def copy_to_user(mm: MmStruct, addr: int, data: Payload, *, cpu: int = 0) -> Non
         end = first + (place + pfns.size) * PAGE_SIZE
         memcpy_to_pages(payload, pfns, begin % PAGE_SIZE, data[begin - addr : end - addr])
 
-    access_pages(mm, page_range(addr, data.size), store, write=True, cpu=cpu)
+    access_pages(mm, page_range(addr, data.size), store, write=True)
 
 
-def gather_from_user(mm: MmStruct, addrs: Addresses, *, cpu: int = 0) -> Payload:
+def gather_from_user(mm: MmStruct, addrs: Addresses) -> Payload:
     """The byte at each of *addrs*, int64[n] in any order; uint8[n]."""
     flat = _payload(mm).reshape(-1)
     out = np.empty(addrs.size, dtype=np.uint8)
@@ -190,11 +188,11 @@ def gather_from_user(mm: MmStruct, addrs: Addresses, *, cpu: int = 0) -> Payload
         here = places((page_of >= place) & (page_of < place + pfns.size))
         out[here] = flat[byte_places(pfns, addrs[here], page_of[here] - place)]
 
-    access_pages(mm, frames, load, write=False, cpu=cpu)
+    access_pages(mm, frames, load, write=False)
     return out
 
 
-def scatter_to_user(mm: MmStruct, addrs: Addresses, data: Payload, *, cpu: int = 0) -> None:
+def scatter_to_user(mm: MmStruct, addrs: Addresses, data: Payload) -> None:
     """Store data[i] at addrs[i]; of an address that repeats, the last one stays."""
     flat = _payload(mm).reshape(-1)
     frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
@@ -203,12 +201,12 @@ def scatter_to_user(mm: MmStruct, addrs: Addresses, data: Payload, *, cpu: int =
         here = places((page_of >= place) & (page_of < place + pfns.size))
         flat[byte_places(pfns, addrs[here], page_of[here] - place)] = data[here]
 
-    access_pages(mm, frames, store, write=True, cpu=cpu)
+    access_pages(mm, frames, store, write=True)
 
 
-def touch_pages(mm: MmStruct, addr: int, nbytes: int, *, write: bool, cpu: int = 0) -> None:
+def touch_pages(mm: MmStruct, addr: int, nbytes: int, *, write: bool) -> None:
     """Access every page of [*addr*, *addr* + *nbytes*) and leave the bytes as they are.
 
     Works without contents too. Linux: fault_in_pages_writeable(), include/linux/pagemap.h.
     """
-    access_pages(mm, page_range(addr, nbytes), lambda place, pfns: None, write=write, cpu=cpu)
+    access_pages(mm, page_range(addr, nbytes), lambda place, pfns: None, write=write)

@@ -8,16 +8,20 @@ from hypothesis import strategies as st
 from mm.pgtable import mk_pte
 from mm.swapops import (
     MAX_SWAPFILES,
+    SWP_DEVICE_EXCLUSIVE_READ,
+    SWP_DEVICE_EXCLUSIVE_WRITE,
     SWP_DEVICE_READ,
     SWP_DEVICE_WRITE,
     SWP_HWPOISON,
     SWP_MIGRATION_READ,
     SWP_MIGRATION_WRITE,
     SWP_SOFT_DIRTY,
+    is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
     is_swap_pte,
+    is_write_device_exclusive_entry,
     is_write_device_private_entry,
     is_write_migration_entry,
     make_device_private_entry,
@@ -75,7 +79,7 @@ class TestSwpEntry:
 
 class TestKinds:
     def test_types_as_in_linux(self):
-        """The five types that are no swap area come after 27 that are."""
+        """v4.20's five types come last, and those of device-exclusive pages before them."""
         types = (
             SWP_HWPOISON,
             SWP_MIGRATION_READ,
@@ -85,12 +89,18 @@ class TestKinds:
         )
 
         assert (27, 28, 29, 30, 31) == types
-        assert 27 == MAX_SWAPFILES
+        assert (25, 25, 26) == (
+            MAX_SWAPFILES,
+            SWP_DEVICE_EXCLUSIVE_WRITE,
+            SWP_DEVICE_EXCLUSIVE_READ,
+        )
 
     @pytest.mark.parametrize(
         ("predicate", "kinds"),
         [
-            (non_swap_entry, {27, 28, 29, 30, 31}),
+            (non_swap_entry, {25, 26, 27, 28, 29, 30, 31}),
+            (is_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ}),
+            (is_write_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE}),
             (is_hwpoison_entry, {SWP_HWPOISON}),
             (is_migration_entry, {SWP_MIGRATION_READ, SWP_MIGRATION_WRITE}),
             (is_write_migration_entry, {SWP_MIGRATION_WRITE}),

@@ -1,0 +1,46 @@
+"""Who runs: the task on whose behalf the core works. Linux: include/linux/sched.h.
+
+Faults are counted for the task that runs, not for the one whose memory it is, and its CPU and
+policy decide where a page comes from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from mm.locking import this_thread
+
+
+class Task:
+    """What the core reads of a thread of execution. Linux: struct task_struct."""
+
+    def __init__(self, name: str, cpu: int = 0) -> None:
+        self.name = name
+        self.cpu = cpu  # that it runs on: whose node and lists serve its faults
+        self.mempolicy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the default
+        self.min_flt = 0  # faults served without I/O
+        self.maj_flt = 0  # faults that waited for swap or a file
+
+
+IDLE: Final = Task("swapper")  # runs where nobody else does: a driver called from outside
+
+
+def current_task() -> Task:
+    """The task that this thread runs. Linux: current, asm/current.h."""
+    return this_thread.task or IDLE
+
+
+class running:  # noqa: N801 - used as a function is: with running(task):
+    """Let this thread run *task* inside the block. Linux: context_switch(), kernel/sched/core.c."""
+
+    __slots__ = ("before", "task")
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.before: Task | None = None
+
+    def __enter__(self) -> None:
+        self.before, this_thread.task = this_thread.task, self.task
+
+    def __exit__(self, *exc: object) -> None:
+        this_thread.task = self.before
