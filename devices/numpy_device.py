@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from devices.driver import Driver
-from mm.highmem import copy_highpages
+from mm.highmem import copy_highpages, reserve_payload
 from mm.machine import Machine
 from mm.memparse import Size
 from mm.mmzone import PageStack
@@ -29,7 +29,7 @@ class NumpyDevice(Driver):
         self._free = PageStack(self.npages)
         self._free.push(np.arange(self.npages)[::-1])
         if machine.mem.payload is not None:
-            self.memory = np.zeros((self.npages, PAGE_SIZE), dtype=np.uint8)
+            self.memory = reserve_payload(self.npages)
 
     def allocate(self, npages: int) -> Indices:
         """Free pages, lowest first and in a row where they are."""

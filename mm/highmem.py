@@ -6,6 +6,8 @@ Linux: copy_highpage() and its relatives, include/linux/highmem.h.
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -14,9 +16,24 @@ import numpy as np
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Payload, Pfns, number
 from mm.vectors import nr_pieces, pieces, some, stretches
 
+_MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_MADV_HUGEPAGE: Final = getattr(mmap, "MADV_HUGEPAGE", None)
 _ONE: Final = number(1)
 _BLOCK: Final = 128  # rows of a staging copy: 512 KiB, what a core's cache holds
 _WORTH_SLICING: Final = 4  # mean rows per stretch from which slices beat gathering
+
+
+def reserve_payload(rows: int) -> Payload:
+    """Zeros for *rows* pages, uint8[rows, 4096], which the host commits as they are touched.
+
+    On huge pages of the host where it has them, and aligned to pages: memcpy() halves its speed
+    between memory that is aligned and memory that is not.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    space = mmap.mmap(-1, rows * PAGE_SIZE, flags=flags)
+    if _MADV_HUGEPAGE is not None:
+        space.madvise(_MADV_HUGEPAGE)
+    return np.frombuffer(space, dtype=np.uint8).reshape(rows, PAGE_SIZE)
 
 
 def copy_highpages(dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> None:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import mmap as host
-import sys
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Final, NamedTuple, Protocol
@@ -14,6 +12,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.highmem import reserve_payload
 from mm.locking import Locks, RwSemaphore, SpinLock
 from mm.mmzone import Node, PageStack, Zone
 from mm.pgtable import (
@@ -25,7 +24,7 @@ from mm.pgtable import (
     _PAGE_USER,
     TablePool,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns, Word, number, word
+from mm.typing import PAGE_SHIFT, Addresses, Mask, Payload, Pfns, Word, number, word
 from mm.vmstat import VmStat
 
 
@@ -51,9 +50,6 @@ COLUMNS: Final = (
     Column("free_order", np.uint8, "private", "order + 1 of the free block that starts here, or 0"),
 )
 BYTES_PER_PAGE: Final = sum(np.dtype(column.dtype).itemsize for column in COLUMNS)
-
-_MAP_NORESERVE: Final = getattr(host, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-_MADV_HUGEPAGE: Final = getattr(host, "MADV_HUGEPAGE", None)
 
 PAGE_MAPPING_ANON: Final = 1
 _ANON: Final = number(PAGE_MAPPING_ANON)
@@ -96,7 +92,7 @@ class MemMap:
         self.limit_pfn = limit_pfn  # first PFN that no device can have either
         # What the CPU can address, uint8[limit_pfn, 4096]: system and device-public memory. The
         # rows of device-private pages are never touched.
-        self.payload: Payload | None = _reserve_payload(limit_pfn) if payload else None
+        self.payload: Payload | None = reserve_payload(limit_pfn) if payload else None
         self.zero_pfn = 0  # the frame of zeros that read faults map; set at boot
         self.debug = False  # freed frames are filled with junk, allocations are checked
         # Thread that took each page from where it was free; kept while debugging only.
@@ -137,15 +133,6 @@ class MemMap:
         """The driver's pagemap behind a device page. Linux: page->pgmap."""
         zone = self.zones[int(self.zone[pfn])]
         return zone.pgmap if zone is not None else None
-
-
-def _reserve_payload(rows: int) -> Payload:
-    """Zeros that the host commits as they are touched, by huge pages where it has them."""
-    flags = host.MAP_PRIVATE | host.MAP_ANONYMOUS | _MAP_NORESERVE
-    space = host.mmap(-1, rows * PAGE_SIZE, flags=flags)
-    if _MADV_HUGEPAGE is not None:
-        space.madvise(_MADV_HUGEPAGE)
-    return np.frombuffer(space, dtype=np.uint8).reshape(rows, PAGE_SIZE)
 
 
 def page_anon(mem: MemMap, pfns: Pfns) -> Mask:

@@ -21,7 +21,7 @@ OURS = {
     },
     "vectors, where Linux has one page or a loop": {
         "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",
-        "highmem": "byte_places",
+        "highmem": "byte_places reserve_payload",
         "mmap": "vmas_in",
         "pgtable": "pte_tables",
         "swap": "lru_pages",

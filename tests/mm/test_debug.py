@@ -466,7 +466,8 @@ class TestDumpPage:
 
         assert (
             f"page {pfn:#x}: DMA refcount 1 mapcount 1 mapping {anon:#x} "
-            f"index {world.addr >> PAGE_SHIFT:#x} flags uptodate|lru|active|anon_exclusive|swapbacked"
+            f"index {world.addr >> PAGE_SHIFT:#x} "
+            f"flags uptodate|lru|active|anon_exclusive|swapbacked"
         ) == dump_page(world.machine.mem, pfn)
 
     def test_hole(self, world):
