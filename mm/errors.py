@@ -46,6 +46,12 @@ class PermissionDenied(MmError):
     code = errno.EPERM
 
 
+class InputOutputError(MmError):
+    """EIO: not one byte could be transferred."""
+
+    code = errno.EIO
+
+
 class Busy(MmError):
     """EBUSY: something still uses what should go away."""
 
