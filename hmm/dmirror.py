@@ -55,6 +55,7 @@ from mm.filemap import unlock_page
 from mm.locking import SpinLock, cond_resched
 from mm.mmap import find_vma
 from mm.mmu_notifier import (
+    MmuIntervalNotifier,
     MmuNotifierRange,
     MmuNotifyEvent,
     mmu_interval_notifier_insert,
@@ -70,12 +71,11 @@ from mm.pgtable import (
     mk_pte,
     pte_pfn,
     pte_special,
-    pte_write,
 )
 from mm.process import Process
 from mm.rmap import make_device_exclusive_range
 from mm.swap import put_page
-from mm.types import VM_READ, VM_WRITE, MmStruct, Vma
+from mm.types import VM_READ, VM_WRITE, Vma
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns, Ptes, word
 from mm.vectors import every, has, places, some
 
@@ -93,6 +93,7 @@ PROT_DEV_PRIVATE_REMOTE: Final = 0x30
 PROT_DEV_COHERENT_LOCAL: Final = 0x40
 PROT_DEV_COHERENT_REMOTE: Final = 0x50
 
+_REQUEST_WRITE: Final = word(HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE)
 _ATOMIC: Final = word(_PAGE_PRESENT | _PAGE_SPECIAL)  # tag of an entry that exclusive() made
 
 
@@ -106,12 +107,12 @@ class DmirrorAnswer:
     perm: NDArray[np.uint8] | None = None
 
 
-class Dmirror:
+class Dmirror(MmuIntervalNotifier):
     """One process's address space as a device sees it. Linux: struct dmirror."""
 
     def __init__(self, device: DmirrorDevice, process: Process) -> None:
         self.device = device
-        self.mm: MmStruct = process.mm
+        self.mm = process.mm
         self.mutex = SpinLock(device.mem.locks, f"mutex of hmm_dmirror{device.number}")
         self.table = DeviceTable(device.mem)
         self.number = device.add_mirror(self)
@@ -370,15 +371,12 @@ class Dmirror:
         """Fault [*start*, *end*) in for the device. Linux: dmirror_fault()."""
         if self.mm.exited:
             raise InvalidArgument(f"hmm_dmirror{self.device.number}: {self.mm.name} has exited")
-        request = HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE if write else HMM_PFN_REQ_FAULT
+        flags = _REQUEST_WRITE if write else HMM_PFN_REQ_FAULT
         for window in range(start, end, WINDOW):
             stop = min(window + WINDOW, end)
             words = np.zeros((stop - window) >> PAGE_SHIFT, dtype=np.uint64)
             self._range_fault(
-                HmmRange(
-                    self, 0, window, stop, words,
-                    default_flags=int(request), dev_private_owner=self.device,
-                )
+                HmmRange(self, 0, window, stop, words, flags, dev_private_owner=self.device)
             )
 
     def _range_fault(self, hmm_range: HmmRange, *, store: bool = True) -> None:
@@ -411,11 +409,9 @@ class Dmirror:
         addrs = np.arange(hmm_range.start, hmm_range.end, PAGE_SIZE)
         writable = has(words, HMM_PFN_WRITE)
         count = words.size
-        if hmm_range.default_flags & int(HMM_PFN_REQ_WRITE) and not every(writable):
+        if hmm_range.default_flags is _REQUEST_WRITE and not every(writable):
             count = int(writable.argmin())
-        self.table.store(
-            addrs[:count], _entries(hmm_pfn_to_pfn(words[:count]), writable[:count])
-        )
+        self.table.store(addrs[:count], _entries(hmm_pfn_to_pfn(words[:count]), writable[:count]))
         if count < words.size:
             raise SegmentationFault(
                 addrs.item(count),

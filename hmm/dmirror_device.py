@@ -1,7 +1,8 @@
-"""Memory of the reference driver: chunks that come as they are needed. Linux: lib/test_hmm.c, v6.12.
+"""Memory of the reference driver, in chunks that come as they are needed.
 
 The mirrors that processes open are in hmm/dmirror.py. A page remembers in `MemMap.private` which
 of them migrated it, as its mirror is the one that forgets it when a CPU takes it back.
+Linux: lib/test_hmm.c, v6.12.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from mm.filemap import lock_new_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import copy_highpages, reserve_payload
 from mm.machine import Machine
-from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.mempolicy import alloc_pages_vma
+from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.mmzone import PageStack, Zone
 from mm.page_alloc import alloc_pages_bulk
 from mm.pgtable import PMD_SIZE
@@ -42,7 +43,7 @@ from mm.sched import current_task
 from mm.swap import get_page
 from mm.types import MemMap, MemoryType, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns, word
-from mm.vectors import distinct, places, pieces
+from mm.vectors import distinct, pieces, places
 
 CHUNK_PAGES: Final = (256 << 20) >> PAGE_SHIFT
 
@@ -83,18 +84,14 @@ class DmirrorChunk:
 
     def __init__(self, device: DmirrorDevice) -> None:
         self.device = device
-        self.owner = device
+        self.owner: object = device
         self.name = f"hmm_dmirror{device.number}"
         self.type = MemoryType.DEVICE_PUBLIC if device.public else MemoryType.DEVICE_PRIVATE
         mem = device.mem
         self.zone: Zone = devm_memremap_pages(mem, self, CHUNK_PAGES)
-        self.memory: Payload | None = None
-        if mem.payload is not None:
-            self.memory = (
-                mem.payload[self.zone.start_pfn : self.zone.end_pfn]
-                if device.public
-                else reserve_payload(CHUNK_PAGES)
-            )
+        self.memory: Payload | None = None  # of private pages; public ones are in mem.payload
+        if mem.payload is not None and not device.public:
+            self.memory = reserve_payload(CHUNK_PAGES)
 
     def page_fault(self, vma: Vma, addrs: Addresses, pfns: Pfns, *, write: bool) -> VmFault:
         """Linux: dmirror_devmem_fault()."""
@@ -206,9 +203,9 @@ class DmirrorDevice:
     # Back to system memory.
 
     def devmem_fault(self, vma: Vma, addrs: Addresses, pfns: Pfns) -> VmFault:
-        """A CPU touched *addrs*, which hold *pfns*: migrate each back. Linux: dmirror_devmem_fault().
+        """A CPU touched *addrs*, which hold *pfns*: migrate each back.
 
-        The kernel's driver runs the stages once for each page; here one run does those that lie
+        Linux: dmirror_devmem_fault(). The kernel's driver runs the stages once for each page; here one run does those that lie
         close, and each still gets its record.
         """
         served = VmFault(0)
@@ -226,9 +223,16 @@ class DmirrorDevice:
                 one = slice(i, i + 1)
                 self.records.append(
                     MigrationRecord(
-                        "f", self.number, vma.vm_mm, start + (i << PAGE_SHIFT), 1, 0,
+                        "f",
+                        self.number,
+                        vma.vm_mm,
+                        start + (i << PAGE_SHIFT),
+                        1,
+                        0,
                         int(np.count_nonzero(src0[one] & MIGRATE_PFN_MIGRATE)),
-                        src0[one], migrate.dst[one], migrate.src[one],
+                        src0[one],
+                        migrate.dst[one],
+                        migrate.src[one],
                     )
                 )
             if not chosen:
