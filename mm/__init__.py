@@ -18,8 +18,10 @@ from mm.errors import (
     KernelBug,
     OutOfMemory,
     OutOfRange,
+    Overflow,
     PermissionDenied,
     SegmentationFault,
+    WouldBlock,
 )
 from mm.machine import Machine
 from mm.process import Process
@@ -38,7 +40,9 @@ __all__ = [
     "Machine",
     "OutOfMemory",
     "OutOfRange",
+    "Overflow",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "WouldBlock",
 ]
