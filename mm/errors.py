@@ -52,6 +52,12 @@ class PermissionDenied(MmError):
     code = errno.EPERM
 
 
+class NoEntry(MmError):
+    """ENOENT: what was asked for is not there."""
+
+    code = errno.ENOENT
+
+
 class Busy(MmError):
     """EBUSY: something still uses what should go away."""
 
