@@ -12,18 +12,12 @@ from numpy.typing import ArrayLike
 from mm.array import ProcessArray
 from mm.errors import InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
 from mm.gup import Pin, pin_user_pages
+from mm.mbind import do_mbind, do_set_mempolicy, kernel_migrate_pages
 from mm.memparse import Size, memparse
+from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
 from mm.migrate import Errnos
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
-from mm.numa import (
-    MPOL_MF_MOVE,
-    MPOL_MF_MOVE_ALL,
-    MPOL_MF_STRICT,
-    do_mbind,
-    do_set_mempolicy,
-    kernel_migrate_pages,
-    kernel_move_pages,
-)
+from mm.numa import kernel_move_pages
 from mm.sched import Task, running
 from mm.types import (
     VM_EXEC,
