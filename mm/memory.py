@@ -24,9 +24,9 @@ from mm.errors import KernelBug
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
+from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
@@ -154,7 +154,7 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
         return np.zeros(addrs.size, dtype=np.uint16)
 
     cpu = current_task().cpu
-    pfns, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    pfns, faults = _alloc_zeroed_pages(vma, addrs)
     with mm.page_table_lock:
         here = at[: pfns.size]
         empty = pte_none(mem.tables.entries[here])
@@ -167,13 +167,11 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
     return faults
 
 
-def _alloc_zeroed_pages(vma: Vma, count: int, cpu: int) -> tuple[Pfns, Faults]:
-    """Up to *count* zeroed frames, and what each of *count* faults comes to by that."""
-    mem = vma.vm_mm.mem
+def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
+    """Zeroed frames for *addrs*, or the first of them, and what each fault comes to by that."""
     anon_vma_prepare(vma)
-    nid = mem.cpu_to_node[cpu]
-    pfns = alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE | Gfp.ZERO, nid, count, cpu)
-    faults = np.zeros(count, dtype=np.uint16)
+    pfns = alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE | Gfp.ZERO)
+    faults = np.zeros(addrs.size, dtype=np.uint16)
     faults[pfns.size :] = VmFault.OOM
     return pfns, faults
 
@@ -241,7 +239,7 @@ def wp_page_copy(
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
     cpu = current_task().cpu
-    new, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    new, faults = _alloc_zeroed_pages(vma, addrs)
     addrs, at, ptes = addrs[: new.size], at[: new.size], ptes[: new.size]
     old, zero = pte_pfn(ptes), pte_special(ptes)
     if mem.payload is not None and not every(zero):
