@@ -17,6 +17,7 @@ class MmuNotifyEvent(Enum):
 
     UNMAP = "unmap"  # munmap, mremap
     CLEAR = "clear"  # entries replaced one by one: COW, reclaim, migration by others
+    SOFT_DIRTY = "soft_dirty"  # clear_refs: entries become read-only to see the next store
     MIGRATE = "migrate"  # migrate_vma; `owner` says for whom
     RELEASE = "release"  # the address space goes
 

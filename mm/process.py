@@ -12,6 +12,7 @@ from mm.gup import Pin, pin_user_pages
 from mm.memparse import Size, memparse
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
 from mm.sched import Task, running
+from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
     VM_EXEC,
     VM_MAYEXEC,
@@ -23,6 +24,7 @@ from mm.types import (
     MmStruct,
     Vma,
 )
+from mm.typing import Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 
 _PROT = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
@@ -128,6 +130,18 @@ class Process(Task):
         self._check_range("pin", addr, size)
         with running(self):
             return pin_user_pages(self._alive(), addr, size, write=write)
+
+    def pagemap(self, addr: int, npages: int) -> Ptes:
+        """/proc/self/pagemap: a word for each page from *addr* on, uint64[npages]."""
+        return pagemap(self._alive(), addr, npages)
+
+    def smaps(self) -> list[MemSizeStats]:
+        """/proc/self/smaps: how much of each VMA is where."""
+        return smaps(self._alive())
+
+    def clear_refs(self, what: int) -> None:
+        """Write *what* to /proc/self/clear_refs: 4 lets stores be seen by soft-dirty bits."""
+        clear_refs(self._alive(), what)
 
     def _alive(self) -> MmStruct:
         if self.mm.exited:
