@@ -17,8 +17,10 @@ from mm.errors import (
     KernelBug,
     OutOfMemory,
     OutOfRange,
+    Overflow,
     PermissionDenied,
     SegmentationFault,
+    WouldBlock,
 )
 from mm.machine import Machine
 from mm.process import Process
@@ -36,7 +38,9 @@ __all__ = [
     "Machine",
     "OutOfMemory",
     "OutOfRange",
+    "Overflow",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "WouldBlock",
 ]

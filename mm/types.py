@@ -287,6 +287,8 @@ class MmStruct:
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
         self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py
+        self.interval_notifiers: list[Any] = []  # its MmuIntervalNotifier, by start
+        self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
         self.exited = False
         mem.mms.append(self)

@@ -23,6 +23,7 @@ OURS = {
         "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",
         "highmem": "byte_places reserve_payload",
         "mmap": "vmas_in",
+        "mmu_notifier": "call_each",
         "pgtable": "pte_tables",
         "swap": "lru_pages",
         "swapops": "swp_type swp_offset",
