@@ -104,11 +104,37 @@ class Pages(NamedTuple):
         return range(self.addr, self.addr + self.nbytes, PAGE_SIZE)
 
 
+class File:
+    """Something open that closes itself when the last process lets go of it."""
+
+    def __init__(self, close: Callable[[], object]) -> None:
+        self.close = close
+        self.holders = 1
+
+    def put(self) -> None:
+        """One holder less. Linux: fput()."""
+        self.holders -= 1
+        if self.holders == 0:
+            self.close()
+
+
 class Host:
     """The computer that a script runs on: that of the recorded kernel."""
 
     def __init__(self) -> None:
-        self.machine = Machine(("1GiB", "1GiB"), cpus=2)
+        self.machine = Machine(("1GiB", "1GiB"), swap="128MiB", cpus=2)
+        self.records: list[MigrationRecord] = []  # of all devices, in the order of time
+        self.devices: dict[int, DmirrorDevice] = {}
+        self.vmstat = dict(self.machine.vmstat)  # at the last `vmstat`
+        self.longterm_test: str | None = None  # who runs it; there can be one
+
+    def device(self, number: int) -> DmirrorDevice:
+        """One of the four: 0 and 1 have private memory, 2 and 3 public."""
+        if number not in self.devices:
+            device = DmirrorDevice(self.machine, number, public=number >= 2)
+            device.records = self.records
+            self.devices[number] = device
+        return self.devices[number]
 
 
 class Actor:
@@ -119,28 +145,55 @@ class Actor:
         self.process = process
         self.who = who
         self.regions: list[Region] = []
+        self.mirrors: dict[int, Dmirror] = {}  # that it opened, by device
+        self.inherited: dict[int, Dmirror] = {}  # that its parent had opened
+        self.files: dict[object, File] = {}  # everything it has open, by what it is
 
     def perform(self, op: Operation) -> Answer:
         """Run *op* and answer for it."""
         handler, counted = _HANDLERS[op.name]
         vmstat = self.host.machine.vmstat
         before = {name: vmstat[name] for name in _KEPT}
-        answer = {"i": op.line, "who": self.who, "op": op.text}
+        self.host.records.clear()
+        answer: Answer = {"i": op.line, "who": self.who, "op": op.text}
+        chosen = (op.choice,) if op.grammar.takes_device else ()
         try:
-            answer |= handler(self, *op.arguments, **op.options)
+            answer |= handler(self, *op.arguments, *chosen, **op.options)
         except Refused as refused:
             return answer | {"ret": str(refused)}
         except MmError as error:
             answer["ret"] = error_name(error)
+        if self.host.records:
+            answer["mv"] = [migration(record, self.regions) for record in self.host.records]
         changed = {name: vmstat[name] - n for name, n in before.items() if vmstat[name] != n}
         return answer | ({"vm": changed} if counted and changed else {})
 
-    def pages(self, name: str | None, first: int = 0, count: int = 1) -> Pages:
+    def pages(self, name: str | None, first: int = 0, npages: int = 1) -> Pages:
         """Pages of the region called *name*. Raises Refused."""
         for region in self.regions:
             if region.name == name:
-                return Pages(region, first, count)
+                return Pages(region, first, npages)
         raise Refused("NOREGION")
+
+    def mirror(self, choice: Choice) -> Dmirror:
+        """The open file of the chosen device, opened now where it is not. Raises Refused."""
+        number = choice.device
+        if choice.inherited:
+            if number not in self.inherited:
+                raise Refused("EBADF")
+            return self.inherited[number]
+        if number not in self.mirrors:
+            mirror = self.host.device(number).open(self.process)
+            self.mirrors[number] = mirror
+            self.files[mirror] = File(mirror.close)
+        return self.mirrors[number]
+
+    def exit(self) -> None:
+        """End the process: memory first, then what it has open. Linux: do_exit()."""
+        self.process.exit()
+        for file in self.files.values():
+            file.put()
+        self.files.clear()
 
     def signal(self, error: MmError) -> str:
         """How a process hears of *error* where it touched memory: by a signal."""

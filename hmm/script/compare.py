@@ -6,7 +6,7 @@ counts of faults, counters, smaps and flags of pages, which belong to one versio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from hmm.script.actor import Answer
@@ -47,18 +47,23 @@ class Difference(NamedTuple):
 
 
 def compare(
-    recorded: Sequence[Answer], model: Sequence[Answer], tier: str = "must"
+    recorded: Iterable[Answer], model: Iterable[Answer], tier: str = "must"
 ) -> Difference | None:
-    """The first difference between what a kernel *recorded* and what the *model* answered."""
-    for n, want in enumerate(recorded):
-        if want["ret"] == "NOREGION" or "mv_lost" in want:
-            continue
+    """The first difference between what a kernel *recorded* and what the *model* answers.
+
+    Takes no more of *model* than it needs. What the model answers after the last recorded line
+    does not count, nor do lines in which the script itself was wrong.
+    """
+    answers = iter(model)
+    for want in recorded:
         line, op = want["i"], want["op"]
-        if n >= len(model):
-            return Difference(line, op, "lines", len(recorded), len(model))
-        got = model[n]
+        got = next(answers, None)
+        if got is None:
+            return Difference(line, op, "answer", want["ret"], None)
         if (got["i"], got["op"]) != (line, op):
             return Difference(line, op, "op", (line, op), (got["i"], got["op"]))
+        if want["ret"] == "NOREGION" or "mv_lost" in want:
+            continue
         wanted, found = (dict(_compared(answer, tier)) for answer in (want, got))
         for field in wanted | found:
             if wanted.get(field) != found.get(field):

@@ -12,16 +12,25 @@ from hmm.script.language import parse
 OPERATIONS = (memory, state)  # the files whose operations there are
 
 
-def answers(name: str, lines: Iterable[str]) -> Iterator[Answer]:
+def answers(name: str, lines: Iterable[str], *, verify: bool = False) -> Iterator[Answer]:
     """Perform the script *name* on a fresh computer; an answer for each operation.
 
-    Raises ParseError at a line that is no operation, when what stands before it is done.
+    verify: check every rule of the model at the end. Raises ParseError at a line that is no
+    operation, when what stands before it is done. Whatever else is raised is a bug of the model,
+    with a note that says at which line.
     """
     host = Host()
     with host.machine.spawn("script") as process:
         actor = Actor(host, process)
         for operation in parse(GRAMMARS, name, lines):
-            yield actor.perform(operation)
+            try:
+                answer = actor.perform(operation)
+            except Exception as error:
+                error.add_note(f"{name}, line {operation.line}: {operation.text}")
+                raise
+            yield answer
+        if verify:
+            host.machine.verify()
 
 
 def json_line(answer: Answer) -> str:
