@@ -205,8 +205,8 @@ class DmirrorDevice:
     def devmem_fault(self, vma: Vma, addrs: Addresses, pfns: Pfns) -> VmFault:
         """A CPU touched *addrs*, which hold *pfns*: migrate each back.
 
-        Linux: dmirror_devmem_fault(). The kernel's driver runs the stages once for each page; here one run does those that lie
-        close, and each still gets its record.
+        The kernel's driver runs the stages once for each page; here one run does those that lie
+        close, and each still gets its record. Linux: dmirror_devmem_fault().
         """
         served = VmFault(0)
         for near in pieces(addrs[1:] > addrs[:-1] + PMD_SIZE, addrs.size):

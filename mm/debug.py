@@ -199,7 +199,8 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     yield from _complain(
         "flags", pages, device & ((on_list & PG_lru) != 0), "device memory on an LRU list"
     )
-    yield from _complain("private", pages, mem.private[pages] != 0, "nobody uses it yet")
+    private = (mem.private[pages] != 0) & ~device
+    yield from _complain("private", pages, private, "only a device's driver has a use for it")
     swapbacked = (flags & PG_swapbacked) != 0
     mapped = census.mapped[pages] > 0
     yield from _complain("flags", pages, mapped & ~swapbacked, "anonymous but not swapbacked")
