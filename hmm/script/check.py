@@ -78,8 +78,13 @@ def check_script(script: Path, tier: str = "must", *, verify: bool = False) -> O
             played = answers(str(script), lines, verify=verify)
             return outcome._replace(difference=compare(recording(script), played, tier))
     except Exception as error:  # noqa: BLE001 - whatever breaks in the model is a finding
-        notes = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        return outcome._replace(error=f"{type(error).__name__}: {notes}")
+        return outcome._replace(error=described(error))
+
+
+def described(error: Exception) -> str:
+    """*error* in one line: its kind, what it says, and where in a script it came."""
+    said = error.strerror if isinstance(error, OSError) else str(error)
+    return "; ".join([f"{type(error).__name__}: {said}", *getattr(error, "__notes__", ())])
 
 
 def check_scripts(
