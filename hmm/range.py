@@ -20,7 +20,7 @@ that did. So a fault also brings back the device's own pages that come after it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from mm.errors import (
     SegmentationFault,
 )
 from mm.locking import cond_resched, preempt
-from mm.memory import handle_mm_fault
+from mm.memory import Faults, handle_mm_fault
 from mm.migrate import migration_entry_wait
 from mm.mmap import find_vma
 from mm.mmu_notifier import MmuIntervalNotifier, mmu_interval_check_retry
@@ -69,7 +69,7 @@ from mm.types import (
     Vma,
     VmFault,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Pfns, Ptes, word
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, Word, word
 from mm.vectors import distinct, every, has, places, some
 
 HmmPfns: TypeAlias = NDArray[np.uint64]  # a word for each page, as drawn above
@@ -169,8 +169,11 @@ class HmmVmaWalk:
 
     pfns: uint64[npages], answers for the pages before `last`, as they came from there on.
     asked: what is asked of each page, REQ_FAULT, that and REQ_WRITE, or 0; None where nothing is
-    asked at all. owner: whose device-private pages are fine where they are.
+    asked at all. owner: whose device-private pages are fine where they are. poison: the answer
+    for a page whose contents are lost.
     """
+
+    poison: ClassVar[Word] = word(0)
 
     mm: MmStruct
     start: int
@@ -192,22 +195,39 @@ class HmmVmaWalk:
             asked[~has(asked, HMM_PFN_REQ_FAULT)] = 0
             self.asked = asked
 
-    def pages(self, start: int, end: int) -> slice:
-        """Where the pages of [*start*, *end*) are in the vectors."""
-        return slice((start - self.start) >> PAGE_SHIFT, (end - self.start) >> PAGE_SHIFT)
+    def index(self, addr: int) -> int:
+        """Which page of the range *addr* is."""
+        return (addr - self.start) >> PAGE_SHIFT
 
     def asked_in(self, start: int, end: int) -> HmmPfns | None:
         """What is asked of the pages of [*start*, *end*); None where it is nothing."""
         if self.asked is None:
             return None
-        asked = self.asked[self.pages(start, end)]
+        asked = self.asked[self.index(start) : self.index(end)]
         return asked if some(asked) else None
 
     def answer(self, words: Any, end: int) -> None:
         """Write *words* for the pages from `last` to *end*, and be there."""
         if end > self.last:
-            self.pfns[self.pages(self.last, end)] = words
+            self.pfns[self.index(self.last) : self.index(end)] = words
             self.last, self.rounds = end, 0
+
+    def fine(self, where: Indices, pfns: Pfns) -> Mask:
+        """True for device-private *pfns*, of the pages *where* of the range, that may stay."""
+        mem = self.mm.mem
+        ours = np.zeros(len(mem.zones), dtype=np.bool_)
+        for index in distinct(mem.zone[pfns]):
+            zone = mem.zones[index]
+            ours[index] = zone is not None and zone.pgmap.owner is self.owner
+        return ours[mem.zone[pfns]]
+
+    def fault(self, vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faults:
+        """Serve the faults at *addrs*, whose entries are *ptes*."""
+        return handle_mm_fault(vma, addrs, write=write)
+
+    def wait(self, pfns: Pfns) -> None:
+        """Wait for *pfns*, which are on their way."""
+        migration_entry_wait(self.mm.mem, pfns)
 
     def count_round(self) -> None:
         """One more fault where the walk stands; too many in vain are a KernelBug."""
@@ -301,7 +321,7 @@ def _walk_table(walk: HmmVmaWalk, run: Run, end: int) -> _Fault | None:
     own = None
     if not every(present := pte_present(ptes)):
         words[~present] = 0
-        own = _own_device_pages(walk, ptes, words)
+        own = _device_pages(walk, run.addr, ptes, words)
     asked = walk.asked_in(run.addr, stop)
     if asked is not None:
         lacking = asked & ~words
@@ -328,39 +348,38 @@ def _present_words(ptes: Ptes) -> HmmPfns:
     return ((ptes & PTE_PFN_MASK) >> _PFN_SHIFT) | valid | write
 
 
-def _own_device_pages(walk: HmmVmaWalk, ptes: Ptes, words: HmmPfns) -> Indices:
-    """Where *ptes* hold pages that the owner's device reaches as they are.
+def _device_pages(walk: HmmVmaWalk, addr: int, ptes: Ptes, words: HmmPfns) -> Indices:
+    """Where *ptes*, from *addr* on, hold device pages that may stay.
 
-    Their *words* are filled in.
+    Their *words* are filled in, and those of poisoned pages.
     """
+    if walk.poison:
+        words[is_hwpoison_entry(ptes)] = walk.poison
     at = places(is_device_private_entry(ptes))
-    pfns = swp_offset(ptes[at])
-    zones = walk.mm.mem.zone[pfns]
-    for index in distinct(zones):
-        zone = walk.mm.mem.zones[index]
-        if zone is None or zone.pgmap.owner is not walk.owner:
-            keep = zones != index
-            zones, at, pfns = zones[keep], at[keep], pfns[keep]
-    write = is_write_device_private_entry(ptes[at]) * HMM_PFN_WRITE
-    words[at] = pfns.view(np.uint64) | HMM_PFN_VALID | write
+    if at.size:
+        pfns = swp_offset(ptes[at])
+        fine = walk.fine(at + walk.index(addr), pfns)
+        at, pfns = at[fine], pfns[fine]
+        write = is_write_device_private_entry(ptes[at]) * HMM_PFN_WRITE
+        words[at] = pfns.view(np.uint64) | HMM_PFN_VALID | write
     return at
 
 
 def _serve(walk: HmmVmaWalk, vma: Vma, fault: _Fault) -> None:
     """Fault the pages of *fault* in. Linux: hmm_vma_fault(), mm/hmm.c."""
-    mm, mem = walk.mm, walk.mm.mem
+    mm, pool = walk.mm, walk.mm.mem.tables
     addrs = np.arange(fault.addr, fault.stop, PAGE_SIZE)
-    ptes = mem.tables.entries[pte_offset(mem.tables, mm.pgd, addrs)]
+    ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
     walk.count_round()
     if some(is_migration_entry(ptes[:1])):
-        migration_entry_wait(mem, swp_offset(ptes[:1]))
+        walk.wait(swp_offset(ptes[:1]))
         return
     if fault.write and not vma.vm_flags & VM_WRITE:
         raise PermissionDenied(f"{mm.name}: a store at {fault.addr:#x} is not allowed by {vma!r}")
     lost = places(is_hwpoison_entry(ptes))
-    if lost.size:  # the faults end there
-        addrs = addrs[: lost.item(0) + 1]
-    faults = handle_mm_fault(vma, addrs, write=fault.write)
+    if lost.size:  # the first of them ends it
+        addrs, ptes = addrs[: lost.item(0) + 1], ptes[: lost.item(0) + 1]
+    faults = walk.fault(vma, addrs, ptes, write=fault.write)
     failed = places(faults & VM_FAULT_ERROR)
     if failed.size:
         raise _fault_error(mm, addrs.item(failed[0]), VmFault(faults.item(failed[0])))

@@ -19,6 +19,7 @@ from mm.page_alloc import check_zone, free_blocks, nr_free_pages
 from mm.page_flags import (
     FLAG_NAMES,
     PG_active,
+    PG_anon_exclusive,
     PG_locked,
     PG_lru,
     PG_reserved,
@@ -28,7 +29,7 @@ from mm.page_flags import (
 )
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PTRS_PER_PTE, pte_none, pte_pfn, pte_present, pte_special, pte_write
-from mm.swap import page_lru
+from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
 from mm.swapops import (
     is_device_private_entry,
     is_hwpoison_entry,
@@ -89,7 +90,7 @@ def _take_census(mem: MemMap) -> Census:
     for pagevec in mem.pagevecs:
         np.add.at(held, pagevec.live(), one)
     for pin in mem.pins:
-        np.add.at(held, pin.pfns, one)
+        np.add.at(held, pin.counted(pin.pfns), np.int32(pin.refs))
     held[mem.zero_pfn] += 1
     return Census(pages, mapped, waiting, held)
 
@@ -204,6 +205,10 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     swapbacked = (flags & PG_swapbacked) != 0
     mapped = census.mapped[pages] > 0
     yield from _complain("flags", pages, mapped & ~swapbacked, "anonymous but not swapbacked")
+    own = (flags & PG_anon_exclusive) != 0
+    yield from _complain("flags", pages, own & (census.mapped[pages] > 1), "shared, yet exclusive")
+    pinned = census.held[pages] >= GUP_PIN_COUNTING_BIAS
+    yield from _complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
 
 
 def check_lru(mem: MemMap, census: Census) -> Complaints:

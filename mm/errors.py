@@ -52,6 +52,12 @@ class PermissionDenied(MmError):
     code = errno.EPERM
 
 
+class InputOutputError(MmError):
+    """EIO: not one byte could be transferred."""
+
+    code = errno.EIO
+
+
 class NoEntry(MmError):
     """ENOENT: what was asked for is not there."""
 

@@ -108,8 +108,10 @@ def mmu_notifier_register(notifier: MmuNotifier, mm: MmStruct) -> None:
 
 
 def mmu_notifier_unregister(notifier: MmuNotifier, mm: MmStruct) -> None:
-    """Stop that. Linux: mmu_notifier_unregister()."""
-    mm.notifiers.remove(notifier)
+    """Stop that; nothing happens where *mm* has forgotten it. Linux: mmu_notifier_unregister()."""
+    with mm.mem.locks.atomic:
+        if notifier in mm.notifiers:
+            mm.notifiers.remove(notifier)
 
 
 def mmu_interval_notifier_insert(

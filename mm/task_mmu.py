@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from mm.errors import InvalidArgument, InvalidRange
+from mm.gup import is_cow_mapping
 from mm.mmap import TASK_SIZE_MAX, vmas_in
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import BIT, PG_dirty, PG_referenced, PG_swapbacked
@@ -28,7 +29,9 @@ from mm.pgtable import (
     pte_present,
     pte_soft_dirty,
     pte_special,
+    pte_write,
 )
+from mm.swap import page_maybe_dma_pinned
 from mm.swapops import (
     MAX_SWAPFILES_SHIFT,
     SWP_SOFT_DIRTY,
@@ -67,7 +70,7 @@ from mm.types import (
     page_anon,
     vma_is_anonymous,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Pfns, Ptes, word
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask, Pfns, Ptes, word
 from mm.vectors import has, some
 
 PM_PFRAME_MASK: Final = word((1 << 55) - 1)
@@ -300,13 +303,29 @@ def clear_refs(mm: MmStruct, what: int) -> None:
 
 
 def _clear_soft_dirty(vma: Vma) -> None:
-    """Linux: clear_soft_dirty(), fs/proc/task_mmu.c."""
+    """Linux: clear_soft_dirty(), fs/proc/task_mmu.c.
+
+    Unlike Linux v4.20, a pinned page stays writable and soft-dirty (as in v5.12): whoever has it
+    pinned stores to it without a fault.
+    """
     mm = vma.vm_mm
     for run in walk_page_range(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end, holes=False):
         with mm.page_table_lock:
             present, swapped = pte_present(run.ptes), is_swap_pte(run.ptes)
-            run.ptes[present] &= _WATCHED
+            run.ptes[present & ~_pte_is_pinned(vma, run.ptes, present)] &= _WATCHED
             run.ptes[swapped] &= _UNWATCHED_SWAP
+
+
+def _pte_is_pinned(vma: Vma, ptes: Ptes, present: Mask) -> Mask:
+    """True where the page must not get a copy behind the back of who has it pinned.
+
+    Linux: pte_is_pinned(), fs/proc/task_mmu.c, v5.12.
+    """
+    pinned = present & pte_write(ptes)
+    if not is_cow_mapping(vma):
+        return np.zeros_like(pinned)
+    pinned[pinned] = page_maybe_dma_pinned(vma.vm_mm.mem, pte_pfn(ptes[pinned]))
+    return pinned
 
 
 def _clear_accessed(vma: Vma) -> None:

@@ -290,5 +290,6 @@ class MmStruct:
         self.interval_notifiers: list[Any] = []  # its MmuIntervalNotifier, by start
         self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
+        self.hmm: Any = None  # the Hmm of hmm/mirror.py
         self.exited = False
         mem.mms.append(self)

@@ -10,7 +10,15 @@ from mm.debug import dump_page
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
 from mm.mmzone import Lru
-from mm.page_flags import PG_active, PG_dirty, PG_locked, PG_lru, PG_reserved, PG_swapbacked
+from mm.page_flags import (
+    PG_active,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_locked,
+    PG_lru,
+    PG_reserved,
+    PG_swapbacked,
+)
 from mm.pgtable import _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
 from mm.rmap import anon_vma_prepare
 from mm.swap import lru_add_drain_all
@@ -168,6 +176,21 @@ class TestFlags:
             lines = complaints(world.machine)
 
         assert f"{column}: page {pfn:#x}: {rule}" in lines
+
+    def test_page_of_two_that_is_said_to_be_of_one(self, world):
+        """A store would go to the page of both."""
+        world.fork(0)
+        flags, pfn = world.machine.mem.flags, page_of(world, "mapped")
+
+        with spoiled(flags, pfn, flags[pfn] | PG_anon_exclusive):
+            assert [f"flags: page {pfn:#x}: shared, yet exclusive"] == complaints(world.machine)
+
+    def test_pinned_page_that_may_be_shared(self, world):
+        """A store of the process would leave the device with the old bytes."""
+        pin, flags = world.pin(page=0), world.machine.mem.flags
+
+        with spoiled(flags, pin.pfns[0], flags[pin.pfns[0]] & ~PG_anon_exclusive):
+            assert "pinned, yet not the process's own" in complaints(world.machine)[0]
 
     def test_wrong_list(self, world):
         """A page that is active by its flags is not on the inactive list."""
