@@ -33,6 +33,7 @@ from mm.numa import (
     kernel_move_pages,
 )
 from mm.sched import Task, running
+from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
     VM_EXEC,
     VM_MAYEXEC,
@@ -44,7 +45,7 @@ from mm.types import (
     MmStruct,
     Vma,
 )
-from mm.typing import Payload
+from mm.typing import Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 
 _PROT = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
@@ -253,6 +254,18 @@ class Process(Task):
         """
         with running(self):
             return kernel_migrate_pages(self._alive(), from_nodes, to_nodes)
+
+    def pagemap(self, addr: int, npages: int) -> Ptes:
+        """/proc/self/pagemap: a word for each page from *addr* on, uint64[npages]."""
+        return pagemap(self._alive(), addr, npages)
+
+    def smaps(self) -> list[MemSizeStats]:
+        """/proc/self/smaps: how much of each VMA is where."""
+        return smaps(self._alive())
+
+    def clear_refs(self, what: int) -> None:
+        """Write *what* to /proc/self/clear_refs: 4 lets stores be seen by soft-dirty bits."""
+        clear_refs(self._alive(), what)
 
     def _alive(self) -> MmStruct:
         if self.mm.exited:

@@ -5,8 +5,8 @@
     child c dread A 0 16 @1 # in child c, through device 1
 
 A grammar names the words of its operation in order, each with its kind and default in WORDS;
-`[word]` and `[word=K]` are options, `...` lets the words before it repeat, `OP` is an operation.
-`@1` and `@p1` select a device, anywhere in the line.
+`[word]` and `[word=K]` are options, what stands in braces may repeat, and `@` says that the
+operation is for a device, which `@1` or `@p1` selects from anywhere in the line.
 
 The parser refuses what would silently be read as something else: an operation or option that
 nobody knows, a word that is no number where one belongs. What the operation itself can answer it
@@ -44,14 +44,13 @@ class Choice(NamedTuple):
 class Operation:
     """One line of a script, or what `child C` hands on to C.
 
-    arguments: in the order of the grammar, None for what is missing and has no default;
-    options: those that were given, True or their value.
+    arguments: in the order of the grammar, None for what is missing and has no default, and last
+    the device where it takes one; options: those that were given, True or their value.
     """
 
     line: int
     text: str
     name: str
-    choice: Choice
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
@@ -118,16 +117,19 @@ WORDS: Final = {
     "NEW": _Kind(str, "a name for the new region", None),
     "C": _Kind(str, "a child", "c"),
     "ID": _Kind(str, "a name for the pin", ""),
-    "KIND": _Kind(str, "a kind of mapping", None),
+    "KIND": _Kind(str, "a kind of memory", None),
     "ADVICE": _Kind(str, "an advice", ""),
     "METHOD": _Kind(str, "a method of pinning", None),
     "REFS": _Kind(str, "what to clear", "4"),
-    "PROT": _Kind(_prot, "letters of rwx, or -", "-"),
+    "PROT": _Kind(_prot, "letters of rwx, or -", None),
     "MODE": _Kind(_mode, "default, preferred, bind, interleave or local", "default"),
     "MASK": _Kind(_word64, "a bit mask of nodes, such as 0x3", 0),
     "NODE": _Kind(_node, "a node, or alt", 0),
     "PAGE:NODE": _Kind(_place, "a page and a node, such as 3:1, or null", None),
     "V": _Kind(_word64, _A_NUMBER, 0),
+    "UFFD": _Kind(str, "missing or wp", "missing"),
+    "PASSES": _Kind(str, "a number of scans, or unmerge", "3"),
+    "newn": _Kind(_long, _A_NUMBER, None),
     "n": _Kind(_long, _A_NUMBER, 1),
     "reps": _Kind(_long, _A_NUMBER, 1),
     "first": _Kind(_long, _A_NUMBER, 0),
@@ -145,7 +147,8 @@ class Grammar:
         plain, _, group = usage.partition("{")
         group, _, options = group.partition("}") if group else ("", "", "")
         self.name, *words = f"{plain} {options}".split()
-        self.slots = [WORDS[word] for word in words if not word.startswith("[")]
+        self.takes_device = "@" in words
+        self.slots = [WORDS[word] for word in words if word[0] not in "[@"]
         self.group = [WORDS[word] for word in group.split()]
         self.options: dict[str, _Kind | None] = {}
         for word in words:
@@ -188,6 +191,9 @@ def shown(word: str) -> str:
 
 def parse_line(grammars: Mapping[str, Grammar], text: str, line: int = 1) -> Operation:
     """The operation that *text*, line *line* of a script, is. Raises ParseError."""
+    if match := _CHILD.fullmatch(text):
+        handed_on = parse_line(grammars, match[2], line) if match[2] else None
+        return Operation(line, text, "child", (match[1], handed_on), {})
     words, choice = [], Choice()
     for word in text.partition(" #")[0].split():
         if word.startswith("@"):
@@ -195,18 +201,18 @@ def parse_line(grammars: Mapping[str, Grammar], text: str, line: int = 1) -> Ope
         else:
             words.append(word)
     name, *rest = words or [""]
-    if match := _CHILD.fullmatch(text):
-        passed = parse_line(grammars, match[2], line) if match[2] else None
-        return Operation(line, text, name, choice, (match[1], passed), {})
     if name not in grammars:
         near = difflib.get_close_matches(name[:_SHOWN], grammars, n=1)
         hint = f"; is it {near[0]}?" if near else ""
         raise ParseError(f"expected an operation at {shown(name)}{hint}")
+    grammar = grammars[name]
     try:
-        arguments, options = grammars[name].parse(rest)
+        arguments, options = grammar.parse(rest)
     except ValueError as error:
-        raise ParseError(f"expected {error}, in: {grammars[name].usage}") from None
-    return Operation(line, text, name, choice, arguments, options)
+        raise ParseError(f"expected {error}, in: {grammar.usage}") from None
+    if grammar.takes_device:
+        arguments += (choice,)
+    return Operation(line, text, name, arguments, options)
 
 
 def _device(word: str) -> Choice:
