@@ -12,6 +12,7 @@ from mm.errors import (
     Busy,
     Deadlock,
     DriverBug,
+    InputOutputError,
     InvalidArgument,
     InvalidRange,
     KernelBug,
@@ -19,8 +20,10 @@ from mm.errors import (
     NoSuchNode,
     OutOfMemory,
     OutOfRange,
+    Overflow,
     PermissionDenied,
     SegmentationFault,
+    WouldBlock,
 )
 from mm.machine import Machine
 from mm.process import Process
@@ -32,6 +35,7 @@ __all__ = [
     "Busy",
     "Deadlock",
     "DriverBug",
+    "InputOutputError",
     "InvalidArgument",
     "InvalidRange",
     "KernelBug",
@@ -40,7 +44,9 @@ __all__ = [
     "NoSuchNode",
     "OutOfMemory",
     "OutOfRange",
+    "Overflow",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "WouldBlock",
 ]

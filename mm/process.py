@@ -10,8 +10,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mm.array import ProcessArray
-from mm.errors import InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
-from mm.gup import Pin, pin_user_pages
+from mm.errors import InputOutputError, InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
+from mm.gup import (
+    FOLL_FORCE,
+    FOLL_LONGTERM,
+    FOLL_WRITE,
+    Pin,
+    access_remote_vm,
+    get_user_pages,
+    pin_user_pages,
+)
 from mm.mbind import do_mbind, do_set_mempolicy, kernel_migrate_pages
 from mm.memparse import Size, memparse
 from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
@@ -19,6 +27,7 @@ from mm.migrate import Errnos
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
 from mm.numa import kernel_move_pages
 from mm.sched import Task, running
+from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
     VM_EXEC,
     VM_MAYEXEC,
@@ -30,6 +39,7 @@ from mm.types import (
     MmStruct,
     Vma,
 )
+from mm.typing import Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 
 _PROT = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
@@ -131,12 +141,55 @@ class Process(Task):
         addr = self.mmap(int(np.prod(shape, dtype=object)) * kind.itemsize)
         return ProcessArray(self.mm, addr, shape, kind, self)
 
-    def pin(self, addr: int, nbytes: Size, *, write: bool = True) -> Pin:
-        """Hold the pages of a range in place, as a device does that reads them by DMA."""
+    def mem_read(self, addr: int, nbytes: int) -> bytes:
+        """Read /proc/PID/mem, as a debugger does: as read(), whatever rights the mapping gives.
+
+        Fewer bytes where a page after the first cannot be had; raises InputOutputError where it
+        is the first. Linux: mem_read(), fs/proc/base.c.
+        """
+        out = np.empty(nbytes, dtype=np.uint8)
+        return out[: self._mem_rw("mem_read", addr, out, write=False)].tobytes()
+
+    def mem_write(self, addr: int, data: Any) -> int:
+        """Write *data* to /proc/PID/mem; the bytes written, which may be fewer.
+
+        A private mapping that the process may not write gets pages of its own, as by a store.
+        Raises as mem_read(). Linux: mem_write(), fs/proc/base.c.
+        """
+        raw = np.frombuffer(data, dtype=np.uint8)
+        return self._mem_rw("mem_write", addr, raw, write=True)
+
+    def _mem_rw(self, call: str, addr: int, buf: Payload, *, write: bool) -> int:
+        """Linux: mem_rw(), fs/proc/base.c."""
+        self._check_range(call, addr, buf.size)
+        with running(self):
+            done = access_remote_vm(self._alive(), addr, buf, write=write)
+        if buf.size and not done:
+            raise InputOutputError(f"{call}: {self.name} has no page to use at {addr:#x}")
+        return done
+
+    def pin(
+        self,
+        addr: int,
+        nbytes: Size,
+        *,
+        write: bool = True,
+        longterm: bool = False,
+        force: bool = False,
+        plain: bool = False,
+    ) -> Pin:
+        """Hold the pages of a range in place, as a device does that reads them by DMA.
+
+        longterm: for more than one transfer, so out of device memory. force: whatever rights the
+        mapping gives. plain: by ordinary references, as vmsplice() does, not by pins.
+        Raises SegmentationFault, BusError, OutOfMemory, Busy, and then holds nothing.
+        """
         size = memparse(nbytes)
         self._check_range("pin", addr, size)
+        flags = FOLL_WRITE * write | FOLL_LONGTERM * longterm | FOLL_FORCE * force
+        hold = get_user_pages if plain else pin_user_pages
         with running(self):
-            return pin_user_pages(self._alive(), addr, size, write=write)
+            return hold(self._alive(), addr, size, flags)
 
     def set_mempolicy(self, mode: str, nodes: Sequence[int] = ()) -> None:
         """From now on take new pages from *nodes* in the way of *mode*.
@@ -195,6 +248,18 @@ class Process(Task):
         """
         with running(self):
             return kernel_migrate_pages(self._alive(), from_nodes, to_nodes)
+
+    def pagemap(self, addr: int, npages: int) -> Ptes:
+        """/proc/self/pagemap: a word for each page from *addr* on, uint64[npages]."""
+        return pagemap(self._alive(), addr, npages)
+
+    def smaps(self) -> list[MemSizeStats]:
+        """/proc/self/smaps: how much of each VMA is where."""
+        return smaps(self._alive())
+
+    def clear_refs(self, what: int) -> None:
+        """Write *what* to /proc/self/clear_refs: 4 lets stores be seen by soft-dirty bits."""
+        clear_refs(self._alive(), what)
 
     def _alive(self) -> MmStruct:
         if self.mm.exited:
