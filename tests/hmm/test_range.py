@@ -325,6 +325,26 @@ class TestSpill:
         assert has(words, HMM_PFN_VALID).all()
         assert [False] + [True] * 6 + [False] == (world.ptes() != 0).tolist()
 
+    def test_store_in_a_missing_table(self):
+        """One page that asks for a store has all of them faulted for one."""
+        world = mapped_range(pages=3, filled=False, addr=BORDERS["1 GiB"])
+        with Watch(world.process.mm) as watch:
+            wanted = hmm_range_of(world, watch, pfn_flags_mask=FLAGS)
+            wanted.hmm_pfns[2] = STORE
+            words = look(wanted)
+
+        assert has(words, HMM_PFN_WRITE).all()
+
+    def test_faults_end_at_a_lost_page(self):
+        """Pages before it fault, those after it do not."""
+        world = mapped_range(pages=4, filled=False)
+        world.process.touch(world.at(2), PAGE_SIZE, write=False)
+        world.rewrite([2], lambda ptes: make_hwpoison_entry(pages(7)))
+        with Watch(world.process.mm) as watch, pytest.raises(BusError):
+            look(hmm_range_of(world, watch, default_flags=FAULT))
+
+        assert [True, True, True, False] == (world.ptes() != 0).tolist()
+
     def test_store_to_read_only_device_page(self):
         """The owner's page is answered for as it is, without the right that was asked for."""
         world = mapped_range(pages=1)
