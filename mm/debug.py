@@ -323,6 +323,24 @@ def check_vmas(mem: MemMap, census: Census) -> Complaints:
             yield f"page table: {mm.name} maps {everywhere - inside} pages outside its VMAs"
 
 
+def check_notifiers(mem: MemMap, census: Census) -> Complaints:
+    """Nothing is being invalidated; interval notifiers ascend, with counts that differ from it."""
+    for mm in mem.mms:
+        if mm.invalidating:
+            yield f"invalidating: {mm.name} is between start and end of {mm.invalidating[0]}"
+        elif mm.invalidate_seq & 1:
+            yield f"invalidate_seq: {mm.name} says {mm.invalidate_seq}, and nothing is invalidated"
+        starts = [notifier.start for notifier in mm.interval_notifiers]
+        if starts != sorted(starts):
+            yield f"interval_notifiers: those of {mm.name} do not ascend"
+        for notifier in mm.interval_notifiers:
+            seq = notifier.invalidate_seq
+            if notifier.mm is not mm or not notifier.start < notifier.end:
+                yield f"interval_notifiers: {notifier!r} is not at home in {mm.name}"
+            if not seq & 1 or seq > mm.invalidate_seq:
+                yield f"invalidate_seq: {notifier!r} says {seq}, {mm.name} {mm.invalidate_seq}"
+
+
 def check_tables(mem: MemMap) -> Complaints:
     """Each table in use is reached once; each free one is empty."""
     pool = mem.tables
@@ -355,6 +373,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_entries,
     check_anon_vmas,
     check_vmas,
+    check_notifiers,
 )
 
 
