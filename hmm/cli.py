@@ -141,7 +141,7 @@ def bench(
 
 
 @app.command()
-def script(  # noqa: PLR0913 - options, each with a default
+def script(
     files: Annotated[
         list[str] | None, typer.Argument(metavar="FILE...", help="Scripts; - is stdin.")
     ] = None,
@@ -172,7 +172,7 @@ def script(  # noqa: PLR0913 - options, each with a default
                 print(scripts.json_line(answer), flush=True)
 
 
-def _check_scripts(  # noqa: PLR0913 - the options of one command
+def _check_scripts(
     root: Path, tier: str, profiles: list[str], jobs: int | None, verify: bool, as_json: bool
 ) -> None:
     """Run every script below *root*, print what differs and a table of profiles."""
