@@ -2,8 +2,4 @@
 
 from pathlib import Path
 
-import pytest
-
-from hmm.script import check_script, recorded_scripts
-
 RECORDINGS = Path(__file__).parent / "recordings"

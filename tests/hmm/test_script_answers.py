@@ -1,5 +1,7 @@
 """Forms of an answer, against plain Python and recorded lines."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,7 +18,7 @@ class TestRuns:
         found = runs(values)
 
         assert values == [value for value, count in found for _ in range(count)]
-        assert all(a[0] != b[0] for a, b in zip(found, found[1:], strict=False))
+        assert all(a[0] != b[0] for a, b in pairwise(found))
 
 
 class TestContents:
