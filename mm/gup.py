@@ -17,7 +17,9 @@ from typing import Final
 
 import numpy as np
 
+from mm.device_exclusive import make_device_exclusive
 from mm.errors import InvalidArgument, KernelBug, MmError
+from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
 from mm.memory import Faults, handle_mm_fault
@@ -326,3 +328,27 @@ def access_remote_vm(mm: MmStruct, addr: int, buf: Payload, *, write: bool) -> i
                 memcpy_from_pages(bytes_, payload, pfns, begin % PAGE_SIZE)
         done = end - addr
     return done
+
+
+def make_device_exclusive_range(mm: MmStruct, addrs: Addresses, owner: object) -> Pfns:
+    """Take the pages at *addrs* (ascending page addresses) away from every CPU, for a device.
+
+    They are faulted in for writing first, so a page of private device memory comes back. Gives
+    the page of each address, locked and with a reference, which the caller drops once the device
+    maps it; -1 where it could not be taken. Called with mmap_sem held for read.
+    Linux: make_device_exclusive_range(), mm/rmap.c, v5.14.
+    """
+    mem = mm.mem
+    taken = np.full(addrs.size, -1)
+    with Pin(mem, FOLL_GET | FOLL_WRITE | FOLL_TOUCH) as pin:
+        get_pages(mm, addrs, pin)
+        there = places(pin.pfns >= 0)
+        there = there[trylock_page(mem, pin.pfns[there])]
+        pfns, alone = pin.pfns[there], np.zeros(there.size, dtype=np.bool_)
+        try:
+            alone = make_device_exclusive(mm, addrs[there], pfns, owner)
+        finally:
+            unlock_page(mem, pfns[~alone])
+        taken[there[alone]] = pfns[alone]
+        get_page(mem, pfns[alone])
+    return taken

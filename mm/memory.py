@@ -4,7 +4,7 @@ handle_mm_fault() gets a vector of addresses of one VMA that a thread touched an
 reach. By what the page table holds there each goes one way:
 
     nothing                    do_anonymous_page   the zero page for a read, a frame for a write
-    not present                do_swap_page        in device memory, on its way, or lost
+    not present                do_swap_page        with a device, on its way, or lost
     present, wants to store    do_wp_page          its own copy, or the page as it is if unshared
              or to be its own
 
@@ -19,19 +19,18 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import KernelBug
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
+from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_DEVMAP,
-    _PAGE_DIRTY,
-    _PAGE_RW,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
     PTRS_PER_PTE,
@@ -52,6 +51,7 @@ from mm.rmap import (
 from mm.sched import current_task
 from mm.swap import lru_cache_add, put_page
 from mm.swapops import (
+    is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
@@ -59,14 +59,11 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.trace import TracePoint
-from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, Word, pages, word
+from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, maybe_mkwrite
+from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, pages, word
 from mm.vectors import distinct, every, some, stretches
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
-
-_DIRTIED: Final = word(_PAGE_DIRTY | _PAGE_SOFT_DIRTY)
-_STORED: Final = word(_PAGE_RW | _DIRTIED)  # what a store leaves in the entry of a writable mapping
 
 page_fault_user: Final = TracePoint("page_fault_user")
 
@@ -157,7 +154,7 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
         return np.zeros(addrs.size, dtype=np.uint16)
 
     cpu = current_task().cpu
-    pfns, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    pfns, faults = _alloc_zeroed_pages(vma, addrs)
     with mm.page_table_lock:
         here = at[: pfns.size]
         empty = pte_none(mem.tables.entries[here])
@@ -170,13 +167,11 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
     return faults
 
 
-def _alloc_zeroed_pages(vma: Vma, count: int, cpu: int) -> tuple[Pfns, Faults]:
-    """Up to *count* zeroed frames, and what each of *count* faults comes to by that."""
-    mem = vma.vm_mm.mem
+def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
+    """Zeroed frames for *addrs*, or the first of them, and what each fault comes to by that."""
     anon_vma_prepare(vma)
-    nid = mem.cpu_to_node[cpu]
-    pfns = alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE | Gfp.ZERO, nid, count, cpu)
-    faults = np.zeros(count, dtype=np.uint16)
+    pfns = alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE | Gfp.ZERO)
+    faults = np.zeros(addrs.size, dtype=np.uint16)
     faults[pfns.size :] = VmFault.OOM
     return pfns, faults
 
@@ -200,7 +195,7 @@ def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
         return make_device_private_entry(pfns, np.full(pfns.size, writable))
     prot = vma.vm_page_prot
     if writable:
-        prot = word(prot | _STORED)
+        prot = word(prot | maybe_mkwrite(vma))
     if pfns.size and mem.is_device_public_page(pfns[:1])[0]:
         prot = word(prot | _PAGE_DEVMAP)
     return mk_pte(pfns, prot)
@@ -211,14 +206,6 @@ def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     with mem.locks.atomic:
         mem.flags[pfns] |= PG_active
     lru_cache_add(mem, pfns, cpu)
-
-
-def maybe_mkwrite(vma: Vma) -> Word:
-    """What a store leaves in an entry of *vma*, writable only where the process may store.
-
-    It is not where somebody else stores for it (FOLL_FORCE). Linux: maybe_mkwrite(), linux/mm.h.
-    """
-    return _STORED if vma.vm_flags & VM_WRITE else _DIRTIED
 
 
 def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False) -> Faults:
@@ -252,7 +239,7 @@ def wp_page_copy(
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
     cpu = current_task().cpu
-    new, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    new, faults = _alloc_zeroed_pages(vma, addrs)
     addrs, at, ptes = addrs[: new.size], at[: new.size], ptes[: new.size]
     old, zero = pte_pfn(ptes), pte_special(ptes)
     if mem.payload is not None and not every(zero):
@@ -280,7 +267,7 @@ def wp_page_copy(
 
 
 def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faults:
-    """Accesses to pages that are not there: wait for them, or have the device bring them.
+    """Accesses to pages that are not there: wait, take them, or have the device bring them.
 
     Linux: do_swap_page(), mm/memory.c.
     """
@@ -290,13 +277,16 @@ def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faul
         return _device_private_entry_fault(vma, addrs, swp_offset(ptes), write=write)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     moving, lost = is_migration_entry(ptes), is_hwpoison_entry(ptes)
+    exclusive = is_device_exclusive_entry(ptes)
     faults[lost] = VmFault.HWPOISON
     if some(private):
         pfns = swp_offset(ptes[private])
         faults[private] = _device_private_entry_fault(vma, addrs[private], pfns, write=write)
+    if some(exclusive):
+        remove_device_exclusive_entry(vma, addrs[exclusive], ptes[exclusive])
     if some(moving):
         migration_entry_wait(mem, swp_offset(ptes[moving]))
-    unknown = ~(moving | private | lost)
+    unknown = ~(moving | private | lost | exclusive)
     if some(unknown):
         raise KernelBug(
             f"bad page table entry {ptes[unknown][0]:#x} at {addrs[unknown][0]:#x} of {vma!r}"
@@ -344,11 +334,13 @@ def _zap_run(mm: MmStruct, run: Run) -> Pfns:
     mapped = pte_present(ptes) & ~pte_special(ptes)
     private = is_device_private_entry(ptes)
     moving = is_migration_entry(ptes)
+    exclusive = swp_offset(ptes[is_device_exclusive_entry(ptes)])
     pfns = np.concatenate((pte_pfn(ptes[mapped]), swp_offset(ptes[private])))
     ptes[:] = 0
     page_remove_rmap(mm.mem, pfns)
-    mm.anon_rss -= pfns.size + int(np.count_nonzero(moving))
-    return pfns
+    gone = np.concatenate((pfns, exclusive))  # which are not mapped, and yet referenced
+    mm.anon_rss -= gone.size + int(np.count_nonzero(moving))
+    return gone
 
 
 def zap_page_range(mm: MmStruct, start: int, end: int, event: MmuNotifyEvent) -> None:

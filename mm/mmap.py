@@ -7,6 +7,7 @@ from typing import Final
 
 from mm.errors import InvalidArgument, InvalidRange, OutOfMemory
 from mm.memory import zap_page_range
+from mm.mempolicy import Mempolicy, mpol_equal
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_release
 from mm.pagewalk import free_pgtables
 from mm.rmap import anon_vma_clone, unlink_anon_vmas
@@ -100,6 +101,7 @@ def _can_merge(before: Vma, after: Vma) -> bool:
         and not (before.vm_flags ^ after.vm_flags) & ~VM_SOFTDIRTY
         and before.vm_file is after.vm_file
         and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
+        and mpol_equal(before.vm_policy, after.vm_policy)
         and anon
         and max(len(before.anon_vma_chain), len(after.anon_vma_chain)) <= 1
     )
@@ -123,10 +125,25 @@ def split_vma(mm: MmStruct, vma: Vma, addr: int) -> Vma:
     rest = Vma(mm, addr, vma.vm_end, vma.vm_flags, vma.vm_pgoff)
     rest.vm_pgoff += (addr - vma.vm_start) >> PAGE_SHIFT
     rest.vm_file = vma.vm_file
+    rest.vm_policy = vma.vm_policy
     anon_vma_clone(rest, vma)
     vma.vm_end = addr
     _insert_vma(mm, rest)
     return rest
+
+
+def vma_modify_policy(
+    mm: MmStruct, vma: Vma, start: int, end: int, policy: Mempolicy | None
+) -> None:
+    """Give [*start*, *end*) of *vma* another policy: split it, and merge what then continues.
+
+    The caller holds mmap_sem for write. Linux: vma_modify_policy(), mm/vma.c, v6.7.
+    """
+    inner = split_vma(mm, vma, start) if vma.vm_start < start else vma
+    if inner.vm_end > end:
+        split_vma(mm, inner, end)
+    inner.vm_policy = policy
+    _vma_merge_around(mm, start)
 
 
 def vmas_in(mm: MmStruct, start: int, end: int) -> list[Vma]:

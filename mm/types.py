@@ -17,10 +17,12 @@ from mm.locking import Locks, RwSemaphore, SpinLock
 from mm.mmzone import Node, PageStack, Zone
 from mm.pgtable import (
     _PAGE_ACCESSED,
+    _PAGE_DIRTY,
     _PAGE_NX,
     _PAGE_PRESENT,
     _PAGE_PROTNONE,
     _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
     _PAGE_USER,
     TablePool,
 )
@@ -210,6 +212,19 @@ def vm_get_page_prot(vm_flags: int) -> Word:
     if vm_flags & VM_SHARED and vm_flags & VM_WRITE:
         prot |= _PAGE_RW
     return word(prot)
+
+
+_DIRTIED: Final = word(_PAGE_DIRTY | _PAGE_SOFT_DIRTY)
+_STORED: Final = word(_PAGE_RW | _DIRTIED)
+
+
+def maybe_mkwrite(vma: Vma) -> Word:
+    """What a store leaves in an entry of *vma*, writable only where the process may store.
+
+    Where it may not, somebody else has stored for it (FOLL_FORCE). Linux: maybe_mkwrite() of
+    pte_mkdirty(), include/linux/mm.h.
+    """
+    return _STORED if vma.vm_flags & VM_WRITE else _DIRTIED
 
 
 @dataclass(slots=True, eq=False)

@@ -27,6 +27,12 @@ VMSTAT_NAMES: Final = (
     "pgalloc_dma",
     "pgalloc_dma32",
     "pgalloc_normal",
+    "numa_hit",  # pages that came from the node that was asked first
+    "numa_miss",  # pages that came from another, because that one had none
+    "numa_foreign",  # the same pages, as the node sees it that had none
+    "numa_interleave",  # pages that came from the node whose turn it was
+    "numa_local",  # pages that came from the node of the CPU that asked
+    "numa_other",
     "pgfree",
     "pgactivate",
     "pgdeactivate",
