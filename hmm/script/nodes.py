@@ -10,6 +10,7 @@ import numpy as np
 from hmm.script.actor import MAX_PAGES, Actor
 from hmm.script.answers import runs, status_name
 from hmm.script.operations import Answer, flags, operation
+from mm.errors import MmError
 from mm.numa import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, kernel_move_pages
 from mm.typing import PAGE_SIZE
 
@@ -23,18 +24,17 @@ def nodes(mask: int) -> list[int]:
     return [node for node in range(8) if mask >> node & 1]
 
 
-def _statuses(ret: int, status: Any) -> Answer:
-    shown = ("unset" if word == UNSET else status_name(word) for word in status.tolist())
-    return {"ret": status_name(ret), "status": runs(shown)}
-
-
 def move(actor: Actor, addrs: list[int], to: list[int] | None, how: int) -> Answer:
     """move_pages(2) of the pages at *addrs*."""
     status = np.full(len(addrs), UNSET, dtype=np.int32)
     wanted = None if to is None else np.array(to, dtype=np.int64)
     where = np.array(addrs, dtype=np.int64)
-    ret, status = kernel_move_pages(actor.process.mm, where, wanted, how, status)
-    return _statuses(ret, status)
+    try:
+        ret, status = kernel_move_pages(actor.process.mm, where, wanted, how, status)
+    except MmError as error:
+        ret = -error.code
+    shown = ("unset" if word == UNSET else status_name(word) for word in status.tolist())
+    return {"ret": status_name(ret), "status": runs(shown)}
 
 
 @operation("move_pages NAME first n NODE [all] [noflag] [badflag]")
