@@ -125,8 +125,7 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
     if not every(private):
         present = pte_present(ptes)
         zero = present & pte_special(ptes)
-        empty = pte_none(ptes)
-        _collect_holes(migrate, run, empty | zero if migrate.select & SELECT_SYSTEM else empty)
+        _collect_holes(migrate, run, pte_none(ptes) | zero & bool(migrate.select & SELECT_SYSTEM))
         if migrate.select & SELECT_SYSTEM:
             system = places(_wanted(migrate, run, present ^ zero))
             if system.size:
