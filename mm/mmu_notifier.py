@@ -17,6 +17,7 @@ class MmuNotifyEvent(Enum):
 
     UNMAP = "unmap"  # munmap, mremap
     CLEAR = "clear"  # entries replaced one by one: COW, reclaim, migration by others
+    PROTECTION_VMA = "protection_vma"  # mprotect: the whole range gets other rights
     MIGRATE = "migrate"  # migrate_vma; `owner` says for whom
     RELEASE = "release"  # the address space goes
 
