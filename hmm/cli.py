@@ -11,13 +11,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fractions import Fraction
 from math import ceil
 from typing import Annotated, Any, Final, cast
 
 from hmm import bench as benchmarks
+from hmm import script as scripts
 from hmm.offload.device import Device
 from hmm.offload.replay import Progress, Report, machine_for, replay
 from hmm.offload.traces import Trace, load_trace
@@ -136,6 +137,17 @@ def bench(
         ratio = "" if figure.ratio is None else f"{figure.ratio:.3g}"
         table.add_row(figure.name, _number(figure.value), figure.unit, ratio, figure.against)
     _print({"figures": [asdict(figure) for figure in figures]}, table, as_json)
+
+
+@app.command()
+def script(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Scripts; - is stdin.")],
+) -> None:
+    """Run scripts of memory operations; one JSON line for each operation."""
+    for file in files:
+        with nullcontext(sys.stdin) if file == "-" else open(file, errors="replace") as lines:
+            for answer in scripts.answers(file, lines):
+                print(scripts.json_line(answer), flush=True)
 
 
 def memory_bytes(memory: str, footprint: int) -> int:

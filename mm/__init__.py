@@ -12,13 +12,16 @@ from mm.errors import (
     Busy,
     Deadlock,
     DriverBug,
+    InputOutputError,
     InvalidArgument,
     InvalidRange,
     KernelBug,
     OutOfMemory,
     OutOfRange,
+    Overflow,
     PermissionDenied,
     SegmentationFault,
+    WouldBlock,
 )
 from mm.machine import Machine
 from mm.process import Process
@@ -30,13 +33,16 @@ __all__ = [
     "Busy",
     "Deadlock",
     "DriverBug",
+    "InputOutputError",
     "InvalidArgument",
     "InvalidRange",
     "KernelBug",
     "Machine",
     "OutOfMemory",
     "OutOfRange",
+    "Overflow",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "WouldBlock",
 ]

@@ -19,6 +19,7 @@ from mm.page_alloc import check_zone, free_blocks, nr_free_pages
 from mm.page_flags import (
     FLAG_NAMES,
     PG_active,
+    PG_anon_exclusive,
     PG_locked,
     PG_lru,
     PG_mlocked,
@@ -28,12 +29,14 @@ from mm.page_flags import (
     describe_flags,
 )
 from mm.pagewalk import walk_page_range
-from mm.pgtable import PTRS_PER_PTE, pte_none, pte_pfn, pte_present, pte_special, pte_write
-from mm.swap import page_lru
+from mm.pgtable import PTRS_PER_PTE, pte_pfn, pte_present, pte_special, pte_write
+from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
 from mm.swapops import (
+    is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_write_device_exclusive_entry,
     is_write_device_private_entry,
     swp_offset,
 )
@@ -63,13 +66,14 @@ class Census(NamedTuple):
     """What page tables hold, counted anew.
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
-    waiting: migration entries for each PFN; locked: entries of VM_LOCKED VMAs that map each;
-    held: references from pagevecs and pins, by PFN.
+    waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
+    of VM_LOCKED VMAs that map each; held: references from pagevecs and pins, by PFN.
     """
 
     pages: Pfns
     mapped: NDArray[np.int32]
     waiting: NDArray[np.int32]
+    taken: NDArray[np.int32]
     locked: NDArray[np.int32]
     held: NDArray[np.int32]
 
@@ -78,7 +82,7 @@ def _take_census(mem: MemMap) -> Census:
     zones = [zone for zone in mem.zones if zone is not None]
     spans = [np.arange(zone.start_pfn, zone.end_pfn) for zone in zones]
     pages = np.sort(np.concatenate(spans))
-    mapped, waiting, locked, held = (np.zeros(mem.limit_pfn, dtype=np.int32) for _ in range(4))
+    mapped, waiting, taken, locked, held = np.zeros((5, mem.limit_pfn), dtype=np.int32)
     one = np.int32(1)
     for mm in mem.mms:
         for vma, _, ptes in _entries(mm):
@@ -88,14 +92,15 @@ def _take_census(mem: MemMap) -> Census:
                 (locked, pte_pfn(ptes[normal & bool(vma.vm_flags & VM_LOCKED)])),
                 (mapped, swp_offset(ptes[is_device_private_entry(ptes)])),
                 (waiting, swp_offset(ptes[is_migration_entry(ptes)])),
+                (taken, swp_offset(ptes[is_device_exclusive_entry(ptes)])),
             ):
                 np.add.at(counts, pfns[(pfns >= 0) & (pfns < mem.limit_pfn)], one)
     for pagevec in mem.pagevecs:
         np.add.at(held, pagevec.live(), one)
     for pin in mem.pins:
-        np.add.at(held, pin.pfns, one)
+        np.add.at(held, pin.counted(pin.pfns), np.int32(pin.refs))
     held[mem.zero_pfn] += 1
-    return Census(pages, mapped, waiting, locked, held)
+    return Census(pages, mapped, waiting, taken, locked, held)
 
 
 def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
@@ -166,12 +171,12 @@ def check_free_pages(mem: MemMap, census: Census) -> Complaints:
 
 
 def check_counts(mem: MemMap, census: Census) -> Complaints:
-    """mapcount is what page tables hold; refcount is that, plus pagevecs, pins and the owner."""
+    """mapcount is what page tables hold; refcount is that, plus those who hold it besides."""
     pages = census.pages
     mapcount, refcount = mem.mapcount[pages], mem.refcount[pages]
     tables = census.mapped[pages]
     yield from _complain("mapcount", pages, mapcount != tables, "page tables say otherwise")
-    expected = tables + census.held[pages] + mem.is_zone_device_page(pages)
+    expected = tables + census.taken[pages] + census.held[pages] + mem.is_zone_device_page(pages)
     yield from _complain(
         "refcount", pages, refcount != expected, "not its mappings, pagevecs and pins"
     )
@@ -203,10 +208,16 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     yield from _complain(
         "flags", pages, device & ((on_list & PG_lru) != 0), "device memory on an LRU list"
     )
-    yield from _complain("private", pages, mem.private[pages] != 0, "nobody uses it yet")
+    private = (mem.private[pages] != 0) & ~device
+    yield from _complain("private", pages, private, "only a device's driver has a use for it")
     swapbacked = (flags & PG_swapbacked) != 0
-    mapped = census.mapped[pages] > 0
+    mapped = census.mapped[pages] + census.taken[pages] > 0
     yield from _complain("flags", pages, mapped & ~swapbacked, "anonymous but not swapbacked")
+    own = (flags & PG_anon_exclusive) != 0
+    shared = census.mapped[pages] + census.taken[pages] > 1
+    yield from _complain("flags", pages, own & shared, "shared, yet exclusive")
+    pinned = census.held[pages] >= GUP_PIN_COUNTING_BIAS
+    yield from _complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
 
 
 def check_mlocked(mem: MemMap, census: Census) -> Complaints:
@@ -252,7 +263,7 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
     waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for pagevec in mem.pagevecs:
         waiting[pagevec.live()] = True
-    mapped = system[census.mapped[system] > 0]
+    mapped = system[census.mapped[system] + census.taken[system] > 0]
     lost = ((mem.flags[mapped] & PG_lru) == 0) & ~waiting[mapped]
     yield from _complain("flags", mapped, lost, "mapped, but on no LRU list nor on its way")
 
@@ -264,29 +275,30 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
         for vma, addrs, ptes in _entries(mm):
             present, special = pte_present(ptes), pte_special(ptes)
             private, moving = is_device_private_entry(ptes), is_migration_entry(ptes)
-            poisoned = is_hwpoison_entry(ptes)
-            anon += int(np.count_nonzero((present & ~special) | private | moving))
-            odd = ~(present | private | moving | poisoned)
+            poisoned, taken = is_hwpoison_entry(ptes), is_device_exclusive_entry(ptes)
+            anon += int(np.count_nonzero((present & ~special) | private | moving | taken))
+            odd = ~(present | private | moving | poisoned | taken)
             odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
-            odd |= ~pte_none(ptes) & (special & ~present & ~private & ~moving & ~poisoned)
             yield from _complain("page table", addrs, odd, f"an entry of no kind in {vma!r}")
             writable = (present & pte_write(ptes)) | is_write_device_private_entry(ptes)
+            writable |= is_write_device_exclusive_entry(ptes)
             if not vma.vm_flags & VM_WRITE:
                 yield from _complain("page table", addrs, writable, f"writable in {vma!r}")
             lost = moving & ((swp_offset(ptes) < 0) | (swp_offset(ptes) >= mem.limit_pfn))
             yield from _complain("page table", addrs, lost, f"no such frame in {vma!r}")
-            yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private)
+            yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private | taken)
         if anon != mm.anon_rss:
             yield f"anon_rss: {mm.name} says {mm.anon_rss}, its page tables hold {anon}"
 
 
 def _check_owner(
-    mem: MemMap, vma: Vma, addrs: Addresses, ptes: Ptes, normal: Mask, private: Mask
+    mem: MemMap, vma: Vma, addrs: Addresses, ptes: Ptes, normal: Mask, away: Mask
 ) -> Complaints:
     """The page behind each entry is of the right kind, and its rmap leads back here."""
-    pfns = np.concatenate((pte_pfn(ptes[normal]), swp_offset(ptes[private])))
-    places = np.concatenate((addrs[normal], addrs[private]))
-    device = np.repeat([False, True], [int(normal.sum()), int(private.sum())])
+    pfns = np.concatenate((pte_pfn(ptes[normal]), swp_offset(ptes[away])))
+    places = np.concatenate((addrs[normal], addrs[away]))
+    private = is_device_private_entry(ptes)
+    device = np.concatenate((private[normal], private[away]))
     outside = (pfns < 0) | (pfns >= mem.limit_pfn)
     yield from _complain("page table", pfns, outside, "no such frame")
     pfns, places, device = pfns[~outside], places[~outside], device[~outside]

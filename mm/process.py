@@ -7,8 +7,17 @@ from typing import Any, Final
 import numpy as np
 
 from mm.array import ProcessArray
-from mm.errors import InvalidArgument, InvalidRange
-from mm.gup import Pin, mm_populate, pin_user_pages
+from mm.errors import InputOutputError, InvalidArgument, InvalidRange
+from mm.gup import (
+    FOLL_FORCE,
+    FOLL_LONGTERM,
+    FOLL_WRITE,
+    Pin,
+    access_remote_vm,
+    get_user_pages,
+    mm_populate,
+    pin_user_pages,
+)
 from mm.madvise import do_madvise
 from mm.memparse import Size, memparse
 from mm.mincore import do_mincore
@@ -31,7 +40,7 @@ from mm.types import (
     MmStruct,
     Vma,
 )
-from mm.typing import Mask
+from mm.typing import Mask, Payload
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
@@ -218,12 +227,55 @@ class Process(Task):
         addr = self.mmap(int(np.prod(shape, dtype=object)) * kind.itemsize)
         return ProcessArray(self.mm, addr, shape, kind, self)
 
-    def pin(self, addr: int, nbytes: Size, *, write: bool = True) -> Pin:
-        """Hold the pages of a range in place, as a device does that reads them by DMA."""
+    def mem_read(self, addr: int, nbytes: int) -> bytes:
+        """Read /proc/PID/mem, as a debugger does: as read(), whatever rights the mapping gives.
+
+        Fewer bytes where a page after the first cannot be had; raises InputOutputError where it
+        is the first. Linux: mem_read(), fs/proc/base.c.
+        """
+        out = np.empty(nbytes, dtype=np.uint8)
+        return out[: self._mem_rw("mem_read", addr, out, write=False)].tobytes()
+
+    def mem_write(self, addr: int, data: Any) -> int:
+        """Write *data* to /proc/PID/mem; the bytes written, which may be fewer.
+
+        A private mapping that the process may not write gets pages of its own, as by a store.
+        Raises as mem_read(). Linux: mem_write(), fs/proc/base.c.
+        """
+        raw = np.frombuffer(data, dtype=np.uint8)
+        return self._mem_rw("mem_write", addr, raw, write=True)
+
+    def _mem_rw(self, call: str, addr: int, buf: Payload, *, write: bool) -> int:
+        """Linux: mem_rw(), fs/proc/base.c."""
+        self._check_range(call, addr, buf.size)
+        with running(self):
+            done = access_remote_vm(self._alive(), addr, buf, write=write)
+        if buf.size and not done:
+            raise InputOutputError(f"{call}: {self.name} has no page to use at {addr:#x}")
+        return done
+
+    def pin(
+        self,
+        addr: int,
+        nbytes: Size,
+        *,
+        write: bool = True,
+        longterm: bool = False,
+        force: bool = False,
+        plain: bool = False,
+    ) -> Pin:
+        """Hold the pages of a range in place, as a device does that reads them by DMA.
+
+        longterm: for more than one transfer, so out of device memory. force: whatever rights the
+        mapping gives. plain: by ordinary references, as vmsplice() does, not by pins.
+        Raises SegmentationFault, BusError, OutOfMemory, Busy, and then holds nothing.
+        """
         size = memparse(nbytes)
         self._check_range("pin", addr, size)
+        flags = FOLL_WRITE * write | FOLL_LONGTERM * longterm | FOLL_FORCE * force
+        hold = get_user_pages if plain else pin_user_pages
         with running(self):
-            return pin_user_pages(self._alive(), addr, size, write=write)
+            return hold(self._alive(), addr, size, flags)
 
     def _alive(self) -> MmStruct:
         if self.mm.exited:

@@ -24,6 +24,8 @@ from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, Ptes, word
 from mm.vectors import add_at, distinct, every, has, places, rows, some
 
+GUP_PIN_COUNTING_BIAS: Final = 1024  # what a pin adds to `refcount`, to be told from references
+
 _LRU_KIND: Final = word(PG_swapbacked | PG_active | PG_unevictable)
 _OFF_LISTS: Final = word(~(PG_lru | PG_active | PG_unevictable))
 _NOT_LRU: Final = word(~PG_lru)
@@ -35,18 +37,18 @@ _NID_SHIFT: Final = word(32)
 _COUNTERS: Final = {lru: f"nr_{lru.name.lower()}" for lru in Lru}
 
 
-def get_page(mem: MemMap, pfns: Pfns) -> None:
-    """One more reference to each of *pfns*, which may repeat. Linux: get_page()."""
+def get_page(mem: MemMap, pfns: Pfns, *, refs: int = 1) -> None:
+    """*refs* more references to each of *pfns*, which may repeat. Linux: get_page()."""
     if pfns.size:
         with mem.locks.atomic:
-            add_at(mem.refcount, pfns, 1)
+            add_at(mem.refcount, pfns, refs)
             if mem.debug:
                 fresh = pfns[(mem.refcount[pfns] == FREE_REFCOUNT + 1) & (pfns >= mem.max_pfn)]
                 mem.page_owner[fresh] = current()
 
 
-def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
-    """One reference less to each of *pfns*, which may repeat; frees what nobody holds.
+def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0, *, refs: int = 1) -> None:
+    """*refs* references less to each of *pfns*, which may repeat; frees what nobody holds.
 
     A ZONE_DEVICE page is free at one reference, not at none, and goes back to its driver.
     Raises KernelBug for a reference that was never taken.
@@ -55,7 +57,7 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     if not pfns.size:
         return
     with mem.locks.atomic:
-        add_at(mem.refcount, pfns, -1)
+        add_at(mem.refcount, pfns, -refs)
         left = mem.refcount[rows(pfns)].copy()
     free_at = mem.is_zone_device_page(pfns)
     last = left <= free_at
@@ -75,6 +77,14 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
         free_zone_device_page(mem, unused[system:])
     if system:
         _free_system_pages(mem, unused[:system], cpu)
+
+
+def page_maybe_dma_pinned(mem: MemMap, pfns: Pfns) -> Mask:
+    """True for pages that somebody has pinned, who may still store to them at any time.
+
+    Also for one with very many ordinary references. Linux: page_maybe_dma_pinned(), v5.7.
+    """
+    return mem.refcount[pfns] >= GUP_PIN_COUNTING_BIAS
 
 
 def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:

@@ -23,6 +23,8 @@ VMSTAT_NAMES: Final = (
     "nr_isolated_anon",  # taken off a list by somebody who moves them
     "nr_anon_pages",  # mapped anonymous pages, device memory included
     "nr_page_table_pages",
+    "nr_foll_pin_acquired",  # pins taken since boot: this one and the next only rise
+    "nr_foll_pin_released",
     "pgalloc_dma",
     "pgalloc_dma32",
     "pgalloc_normal",
