@@ -1,6 +1,7 @@
 """Which zone a page comes from, and what it must look like. Linux: mm/page_alloc.c.
 
     allocate  alloc_pages_bulk       the zonelist and its watermarks choose a zone, then
+                make_room            where all are low: kswapd, then direct reclaim
                 rmqueue              takes from the per-CPU list or from the buddy lists
                 prep_new_page        checks that nobody uses what comes out
     free      free_pages_bulk
@@ -40,6 +41,9 @@ from mm.vectors import nr_pieces, pieces
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
+MAX_RECLAIM_RETRIES: Final = 16  # attempts to reclaim, in a row, before reclaim is given up
+WMARK_MIN: Final = 0  # which of a zone's watermarks a request respects
+WMARK_LOW: Final = 1
 PAGE_POISON: Final = 0xAA  # what a freed frame is filled with while debugging
 
 # The members of an IntFlag as plain ints, whose `&` is fifty times as fast.
@@ -92,9 +96,9 @@ def alloc_pages_nodemask(mem: MemMap, gfp: int, order: int, count: int, nid: int
     if not 0 <= nid < len(mem.nodes):
         raise InvalidArgument(f"there is no node {nid}, only 0..{len(mem.nodes) - 1}")
     with mem.locks.atomic:
-        taken = get_page_from_freelist(mem, gfp, order, count, nid, cpu)
+        taken = get_page_from_freelist(mem, gfp, order, count, nid, cpu, WMARK_LOW)
     if taken.size < count:
-        for _ in make_room(mem, gfp, nid, count):
+        for _ in make_room(mem, gfp, nid, count - taken.size):
             with mem.locks.atomic:
                 more = get_page_from_freelist(mem, gfp, order, count - taken.size, nid, cpu)
             taken = sorted_pfns(np.concatenate((taken, more)))
@@ -110,19 +114,27 @@ def alloc_pages_nodemask(mem: MemMap, gfp: int, order: int, count: int, nid: int
 def make_room(mem: MemMap, gfp: int, nid: int, wanted: int) -> Iterator[None]:
     """What helps an allocation that falls short, one step for each turn.
 
-    Linux: __alloc_pages_direct_reclaim().
+    Linux: wake_all_kswapds() and __alloc_pages_direct_reclaim().
     """
+    node, may_wait = mem.nodes[nid], gfp & _DIRECT_RECLAIM
+    if may_wait:
+        for zone in zones_allowed(mem, gfp, nid):
+            kswapd = mem.nodes[zone.nid].kswapd
+            if kswapd is not None:
+                kswapd()
+    yield
     drain_all_pages(mem)
     yield
-    reclaim = mem.nodes[nid].reclaim
-    if reclaim is not None and gfp & _DIRECT_RECLAIM:
-        reclaim(gfp, wanted)
-        drain_all_pages(mem)
-        yield
+    if node.reclaim is not None and may_wait:
+        for _ in range(MAX_RECLAIM_RETRIES):
+            if not node.reclaim(gfp, wanted):
+                return
+            drain_all_pages(mem)
+            yield
 
 
 def get_page_from_freelist(
-    mem: MemMap, gfp: int, order: int, count: int, nid: int, cpu: int
+    mem: MemMap, gfp: int, order: int, count: int, nid: int, cpu: int, wmark: int = WMARK_MIN
 ) -> Pfns:
     """Go down the zonelist, taking from each zone what its watermark leaves; ascending.
 
@@ -131,7 +143,7 @@ def get_page_from_freelist(
     zones = zones_allowed(mem, gfp, nid)
     parts = []
     for zone in zones:
-        spare = zone.nr_free - zone_watermark(zone, gfp, zones[0])
+        spare = zone.nr_free - zone_watermark(zone, gfp, zones[0], wmark)
         if spare > 0 and count > 0:
             part = rmqueue(mem, zone, order, count, spare, cpu)
             mem.vmstat.add(f"pgalloc_{zone.name.lower()}", part.size)
@@ -153,16 +165,18 @@ def zones_allowed(mem: MemMap, gfp: int, nid: int) -> list[Zone]:
     return zones
 
 
-def zone_watermark(zone: Zone, gfp: int, first: Zone) -> int:
+def zone_watermark(zone: Zone, gfp: int, first: Zone, wmark: int = WMARK_MIN) -> int:
     """Pages that must stay on the lists of *zone* for a request that could ask *first* first.
 
+    Below the low watermark somebody has to reclaim; below min only *gfp* can go.
     Linux: __zone_watermark_ok().
     """
-    mark = zone.watermark[0]
-    if gfp & _HIGH:
-        mark -= mark // 2
-    if gfp & _ATOMIC:
-        mark -= mark // 4
+    mark = zone.watermark[wmark]
+    if wmark == WMARK_MIN:
+        if gfp & _HIGH:
+            mark -= mark // 2
+        if gfp & _ATOMIC:
+            mark -= mark // 4
     return mark + zone.lowmem_reserve.get(first.name, 0)
 
 

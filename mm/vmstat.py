@@ -21,6 +21,7 @@ VMSTAT_NAMES: Final = (
     "nr_unevictable",
     "nr_isolated_anon",  # taken off a list by somebody who moves them
     "nr_anon_pages",  # mapped anonymous pages, device memory included
+    "nr_swapcached",  # pages in the swap cache
     "nr_page_table_pages",
     "pgalloc_dma",
     "pgalloc_dma32",
@@ -28,6 +29,17 @@ VMSTAT_NAMES: Final = (
     "pgfree",
     "pgactivate",
     "pgdeactivate",
+    "pglazyfree",  # pages that MADV_FREE gave up
+    "pglazyfreed",  # those of them that reclaim took, contents and all
+    "pgscan_kswapd",  # pages that reclaim looked at
+    "pgscan_direct",
+    "pgsteal_kswapd",  # pages that it took
+    "pgsteal_direct",
+    "pswpin",
+    "pswpout",
+    "workingset_refault",  # pages that came back after reclaim had taken them
+    "workingset_activate",  # those that went to the active list at once
+    "workingset_restore",  # those that had been there before
     "pgfault",
     "pgmajfault",
     "pgmigrate_success",  # base-page migration by the kernel; migrate_vma counts none
