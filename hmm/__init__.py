@@ -22,8 +22,24 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_pfn,
 )
 from hmm.migration import MigrateVma, MigrateVmaOps, MigrateVmaSelect
+from hmm.range import (
+    HMM_PFN_ERROR,
+    HMM_PFN_REQ_FAULT,
+    HMM_PFN_REQ_WRITE,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    HmmRange,
+    hmm_pfn_to_pfn,
+    hmm_range_fault,
+)
 
 __all__ = [
+    "HMM_PFN_ERROR",
+    "HMM_PFN_REQ_FAULT",
+    "HMM_PFN_REQ_WRITE",
+    "HMM_PFN_VALID",
+    "HMM_PFN_WRITE",
+    "HmmRange",
     "MIGRATE_PFN_DEVICE",
     "MIGRATE_PFN_ERROR",
     "MIGRATE_PFN_LOCKED",
@@ -34,6 +50,8 @@ __all__ = [
     "MigrateVmaOps",
     "MigrateVmaSelect",
     "Stayed",
+    "hmm_pfn_to_pfn",
+    "hmm_range_fault",
     "migrate_pfn",
     "migrate_pfn_to_page",
     "migrate_pfn_to_pfn",

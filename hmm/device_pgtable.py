@@ -17,30 +17,70 @@ from mm.mmu_notifier import (
 )
 from mm.pagewalk import free_pgtables, walk_page_range
 from mm.pgtable import _PAGE_PRESENT, _PAGE_RW, mk_pte, pte_alloc_each, pte_offset
-from mm.types import MmStruct
+from mm.types import MemMap, MmStruct
 from mm.typing import PAGE_SIZE, Addresses, Mask, Pfns, Ptes, pages
 from mm.vectors import places
 
 ADDRESS_SPACE = 1 << 57
 
 
-class DevicePageTable:
-    """What the device with *owner* may reach of *mm*. All methods want no lock held."""
+class DeviceTable:
+    """Five levels of tables for a device's view of one address space."""
 
-    def __init__(self, mm: MmStruct, owner: object) -> None:
-        self.mm = mm
-        self.owner = owner
-        self.pool = mm.mem.tables
+    def __init__(self, mem: MemMap) -> None:
+        self.mem = mem
+        self.pool = mem.tables
         self.pgd = int(self.pool.alloc(1)[0])
-        mm.mem.device_pgds.append(self.pgd)
-        mmu_notifier_register(self, mm)
+        mem.device_pgds.append(self.pgd)
 
     def lookup(self, addrs: Addresses) -> Ptes:
-        """The entry of each address, 0 where the device has to fault.
-
-        The answer holds as long as the caller holds the mm's page_table_lock.
-        """
+        """The entry of each address, 0 where the device has to fault."""
         return self.pool.entries[pte_offset(self.pool, self.pgd, addrs)]
+
+    def store(self, addrs: Addresses, ptes: Ptes) -> None:
+        """Set the entries of *addrs* (ascending). Raises OutOfMemory."""
+        pte_alloc_each(self.pool, self.pgd, addrs)
+        self.pool.entries[pte_offset(self.pool, self.pgd, addrs)] = ptes
+
+    def erase(self, addrs: Addresses) -> None:
+        """Forget *addrs*."""
+        at = pte_offset(self.pool, self.pgd, addrs)
+        mapped = at[self.pool.entries[at] != 0]
+        self.pool.entries[mapped] = 0
+
+    def clear(self, start: int, end: int) -> None:
+        """Forget [*start*, *end*)."""
+        for run in walk_page_range(self.pool, self.pgd, start, end, holes=False):
+            run.ptes[:] = 0
+
+    def mapped(self) -> tuple[Addresses, Ptes]:
+        """Every address that the device can reach, and its entry; for checks."""
+        addrs, ptes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
+        for run in walk_page_range(self.pool, self.pgd, 0, ADDRESS_SPACE, holes=False):
+            used = places(run.ptes)
+            addrs.append(run.addrs[used])
+            ptes.append(run.ptes[used])
+        return np.concatenate(addrs), np.concatenate(ptes)
+
+    def free(self) -> None:
+        """Give all tables back."""
+        self.clear(0, ADDRESS_SPACE)
+        free_pgtables(self.pool, self.pgd, 0, ADDRESS_SPACE)
+        self.pool.release(pages(self.pgd))
+        self.mem.device_pgds.remove(self.pgd)
+
+
+class DevicePageTable(DeviceTable):
+    """What the device with *owner* may reach of *mm*. All methods want no lock held.
+
+    What lookup() answers holds as long as the caller holds the mm's page_table_lock.
+    """
+
+    def __init__(self, mm: MmStruct, owner: object) -> None:
+        super().__init__(mm.mem)
+        self.mm = mm
+        self.owner = owner
+        mmu_notifier_register(self, mm)
 
     def map(self, addrs: Addresses, pfns: Pfns, writable: Mask) -> bool:
         """Let the device reach *pfns* at *addrs* (ascending), with page_table_lock held.
@@ -52,17 +92,13 @@ class DevicePageTable:
             return True
         if not self._settled(addrs.item(0), addrs.item(-1) + PAGE_SIZE):
             return False
-        pte_alloc_each(self.pool, self.pgd, addrs)
-        at = pte_offset(self.pool, self.pgd, addrs)
-        self.pool.entries[at] = mk_pte(pfns, _PAGE_PRESENT) | writable * _PAGE_RW
+        self.store(addrs, mk_pte(pfns, _PAGE_PRESENT) | writable * _PAGE_RW)
         return True
 
     def unmap(self, addrs: Addresses) -> None:
         """Forget *addrs*, which the device is about to migrate itself."""
         with self.mm.page_table_lock:
-            at = pte_offset(self.pool, self.pgd, addrs)
-            mapped = at[self.pool.entries[at] != 0]
-            self.pool.entries[mapped] = 0
+            self.erase(addrs)
 
     def settle(self, start: int, end: int) -> None:
         """Wait until nobody invalidates any of [*start*, *end*)."""
@@ -85,7 +121,7 @@ class DevicePageTable:
         """
         if not self._ours(invalid):
             with self.mm.page_table_lock:
-                self._clear(invalid.start, invalid.end)
+                self.clear(invalid.start, invalid.end)
 
     def invalidate_range_end(self, invalid: MmuNotifierRange) -> None:
         """Nothing to do: settle() asks the mm which ranges are being invalidated."""
@@ -96,25 +132,9 @@ class DevicePageTable:
     def release(self, mm: MmStruct) -> None:
         """The process goes: give all tables back."""
         with mm.page_table_lock:
-            self._clear(0, ADDRESS_SPACE)
-            free_pgtables(self.pool, self.pgd, 0, ADDRESS_SPACE)
-            self.pool.release(pages(self.pgd))
-            mm.mem.device_pgds.remove(self.pgd)
+            self.free()
 
     def close(self) -> None:
         """The device goes: as release(), and listen no more."""
         mmu_notifier_unregister(self, self.mm)
         self.release(self.mm)
-
-    def _clear(self, start: int, end: int) -> None:
-        for run in walk_page_range(self.pool, self.pgd, start, end, holes=False):
-            run.ptes[:] = 0
-
-    def mapped(self) -> tuple[Addresses, Ptes]:
-        """Every address that the device can reach, and its entry; for checks."""
-        addrs, ptes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
-        for run in walk_page_range(self.pool, self.pgd, 0, ADDRESS_SPACE, holes=False):
-            used = places(run.ptes)
-            addrs.append(run.addrs[used])
-            ptes.append(run.ptes[used])
-        return np.concatenate(addrs), np.concatenate(ptes)

@@ -45,6 +45,7 @@ from hmm.migration import (
     SELECT_SYSTEM,
     MigrateVma,
     MigrateVmaOps,
+    Migration,
     check_arguments,
 )
 from mm.errors import OutOfMemory
@@ -124,7 +125,8 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
     if not every(private):
         present = pte_present(ptes)
         zero = present & pte_special(ptes)
-        _collect_holes(migrate, run, pte_none(ptes) | zero)
+        empty = pte_none(ptes)
+        _collect_holes(migrate, run, empty | zero if migrate.select & SELECT_SYSTEM else empty)
         if migrate.select & SELECT_SYSTEM:
             system = places(_wanted(migrate, run, present ^ zero))
             if system.size:
@@ -238,7 +240,7 @@ def _isolate(migrate: MigrateVma) -> None:
         _restore(migrate, busy, Stayed.ISOLATED, isolated=False)
 
 
-def _restore_pinned(migrate: MigrateVma) -> None:
+def _restore_pinned(migrate: Migration) -> None:
     unpinned = migrate_vma_check_page(migrate.mem, migrate.pfns)
     if not every(unpinned):
         _restore(migrate, ~unpinned, Stayed.PINNED)
@@ -255,7 +257,7 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
     return (extra <= 1) | mem.is_zone_device_page(pfns)
 
 
-def _restore(migrate: MigrateVma, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:
+def _restore(migrate: Migration, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:
     """Map those of `entries` that are *bad* again where they were, and let go of them."""
     mem = migrate.mem
     entries, pfns = migrate.entries[bad], migrate.pfns[bad]
@@ -269,7 +271,7 @@ def _restore(migrate: MigrateVma, bad: Mask, why: Stayed, *, isolated: bool = Tr
     unlock_page(mem, pfns)
 
 
-def _keep(migrate: MigrateVma, good: Mask) -> None:
+def _keep(migrate: Migration, good: Mask) -> None:
     """Go on with those of `entries` that are *good*."""
     migrate.entries, migrate.pfns = migrate.entries[good], migrate.pfns[good]
 
@@ -277,7 +279,7 @@ def _keep(migrate: MigrateVma, good: Mask) -> None:
 # unmap
 
 
-def migrate_vma_unmap(migrate: MigrateVma) -> None:
+def migrate_vma_unmap(migrate: Migration) -> None:
     """Take away the mappings that collect did not see, and look for pins once more.
 
     Linux: migrate_vma_unmap(), mm/migrate.c.
@@ -315,13 +317,8 @@ def _setup(migrate: MigrateVma) -> int:
         migrate_vma_unmap(migrate)
     migrate.moved = np.zeros(migrate.entries.size, dtype=np.bool_)
     if mm_migrate_vma_setup:
-        mm_migrate_vma_setup(**_place(migrate), cpages=migrate.cpages)
+        mm_migrate_vma_setup(**migrate.place, cpages=migrate.cpages)
     return migrate.cpages
-
-
-def _place(migrate: MigrateVma) -> dict[str, Any]:
-    """Whose memory, for the events."""
-    return {"process": migrate.vma.vm_mm.name, "start": migrate.start, "end": migrate.end}
 
 
 # pages
@@ -332,15 +329,23 @@ def migrate_vma_pages(migrate: MigrateVma) -> None:
 
     Linux: migrate_vma_pages(), mm/migrate.c.
     """
-    mem, dst = migrate.mem, migrate.dst
     preempt("migrate_vma_pages")
     if migrate.holes.size:
-        given = is_valid(dst[migrate.holes])
+        given = is_valid(migrate.dst[migrate.holes])
         migrate.drop(migrate.holes[~given], Stayed.NOT_CHOSEN)
         if some(given):
             migrate_vma_insert_page(migrate, migrate.holes[given])
 
-    words = dst[migrate.entries]
+    migrate_device_pages(migrate)
+
+
+def migrate_device_pages(migrate: Migration) -> None:
+    """Let the pages of dst take the place of those of src, wherever those are mapped.
+
+    Linux: migrate_device_pages(), v6.2.
+    """
+    mem = migrate.mem
+    words = migrate.dst[migrate.entries]
     moved = (words & _CHOSEN) == MIGRATE_PFN_VALID
     if not every(moved):
         migrate.drop(migrate.entries[~moved], Stayed.NOT_CHOSEN)
@@ -396,7 +401,7 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
 # finalize
 
 
-def migrate_vma_finalize(migrate: MigrateVma) -> None:
+def migrate_vma_finalize(migrate: Migration) -> None:
     """Point the page tables at what moved, or back at what did not; unlock and release all.
 
     Linux: migrate_vma_finalize(), mm/migrate.c.
@@ -422,10 +427,10 @@ def migrate_vma_finalize(migrate: MigrateVma) -> None:
     if np.count_nonzero(migrate.dst & MIGRATE_PFN_VALID) > left.size:
         _release_unused(migrate)
     if mm_migrate_vma_finalize:
-        mm_migrate_vma_finalize(**_place(migrate), moved=migrate.cpages)
+        mm_migrate_vma_finalize(**migrate.place, moved=migrate.cpages)
 
 
-def _finalize_unmoved(migrate: MigrateVma) -> None:
+def _finalize_unmoved(migrate: Migration) -> None:
     """Map what did not move where it was; what the driver lost answers with SIGBUS."""
     mem, unmoved = migrate.mem, ~migrate.moved
     pfns = migrate.pfns[unmoved]
@@ -439,7 +444,7 @@ def _finalize_unmoved(migrate: MigrateVma) -> None:
     put_page(mem, pfns[lost])
 
 
-def _release_unused(migrate: MigrateVma) -> None:
+def _release_unused(migrate: Migration) -> None:
     """Let go of the pages of dst that took no page's place: in filled holes, or nowhere.
 
     A page that fills a hole is on its way to the LRU already, if it goes there.
@@ -451,9 +456,6 @@ def _release_unused(migrate: MigrateVma) -> None:
     put_page(migrate.mem, pfns[mapped])
     unlock_page(migrate.mem, pfns)
     put_page(migrate.mem, pfns[~mapped])
-
-
-# all of it
 
 
 def migrate_vma(

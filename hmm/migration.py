@@ -62,57 +62,37 @@ class MigrateVmaOps(Protocol):
         """
 
 
-@dataclass(slots=True, eq=False)
-class MigrateVma:
-    """One migration under way, and its result. Linux: struct migrate_vma.
+class Migration:
+    """Pages on their way from src to dst, as the stages hand them on.
 
-    src, dst: uint64[npages], what the driver sees. pgmap_owner: whose device pages to collect,
-    and whose own invalidations these are; None collects those of any device, as v4.20 does.
-    wanted: pages of the range to consider, all if None (ours: it makes one call of a scattered
-    set of pages).
-
-    The stages hand on what they found, so that none decodes src again: `entries` are the places
-    with a page that can still move, `pfns` those pages, `late` the places among them whose lock
-    collect did not get, `holes` the places that the device may populate; `system` says whether
-    any page is in system memory, and `moved` for each of `entries` whether dst took its place.
+    src, dst: uint64[n], what the driver sees. `entries` are the places with a page that can still
+    move, `pfns` those pages, so that no stage decodes src again; `system` says whether any of them
+    is in system memory, `moved` for each of `entries` whether dst took its place, and `stayed` for
+    each of the n why it did not.
     """
 
-    vma: Vma
-    start: int
-    end: int
+    __slots__ = ("dst", "entries", "mem", "moved", "pfns", "src", "stayed", "system")
+    mem: MemMap
     src: MigratePfns
     dst: MigratePfns
-    select: int = SELECT_ALL
-    pgmap_owner: object = None
-    wanted: Mask | None = None
-    stayed: NDArray[np.uint8] = field(init=False)  # a `Stayed` for each page, from collect on
-    entries: Indices = field(init=False)
-    pfns: Pfns = field(init=False)
-    late: Indices = field(init=False)
-    holes: Indices = field(init=False)
-    moved: Mask = field(init=False)
-    system: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.begin(0)
+    stayed: NDArray[np.uint8]
+    entries: Indices
+    pfns: Pfns
+    moved: Mask
+    system: bool
 
     def begin(self, npages: int) -> None:
         """Nothing is found yet, and every page of *npages* counts as skipped."""
         self.stayed = np.empty(npages, dtype=np.uint8)
         self.stayed.fill(_SKIPPED)
-        self.entries = self.pfns = self.late = self.holes = NO_PAGES
+        self.entries = self.pfns = NO_PAGES
         self.moved = _NONE_MOVED
         self.system = False
 
     @property
-    def mem(self) -> MemMap:
-        """The machine's memory."""
-        return self.vma.vm_mm.mem
-
-    @property
-    def npages(self) -> int:
-        """Pages of the range."""
-        return (self.end - self.start) >> PAGE_SHIFT
+    def place(self) -> dict[str, Any]:
+        """Whose memory it is, for the events."""
+        raise NotImplementedError
 
     @property
     def cpages(self) -> int:
@@ -129,6 +109,76 @@ class MigrateVma:
         if entries.size:
             self.src[entries] &= _STAYS
             self.stayed[entries] = why
+
+
+@dataclass(slots=True, eq=False)
+class MigrateDevice(Migration):
+    """Pages of a device that leave it, wherever they are mapped."""
+
+    mem: MemMap
+    name: str  # of the device
+    src: MigratePfns
+    dst: MigratePfns
+    stayed: NDArray[np.uint8] = field(init=False)
+    entries: Indices = field(init=False)
+    pfns: Pfns = field(init=False)
+    moved: Mask = field(init=False)
+    system: bool = field(init=False)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Which device it is, for the events."""
+        return {"device": self.name}
+
+
+@dataclass(slots=True, eq=False)
+class MigrateVma(Migration):
+    """One migration under way, and its result. Linux: struct migrate_vma.
+
+    src, dst: uint64[npages], what the driver sees. pgmap_owner: whose device pages to collect,
+    and whose own invalidations these are; None collects those of any device, as v4.20 does.
+    wanted: pages of the range to consider, all if None (ours: it makes one call of a scattered
+    set of pages).
+
+    Beside what every migration hands on, `late` are the places among `entries` whose lock collect
+    did not get, and `holes` the places that the device may populate.
+    """
+
+    vma: Vma
+    start: int
+    end: int
+    src: MigratePfns
+    dst: MigratePfns
+    select: int = SELECT_ALL
+    pgmap_owner: object = None
+    wanted: Mask | None = None
+    mem: MemMap = field(init=False)
+    stayed: NDArray[np.uint8] = field(init=False)
+    entries: Indices = field(init=False)
+    pfns: Pfns = field(init=False)
+    late: Indices = field(init=False)
+    holes: Indices = field(init=False)
+    moved: Mask = field(init=False)
+    system: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mem = self.vma.vm_mm.mem
+        self.begin(0)
+
+    def begin(self, npages: int) -> None:
+        """Nothing is found yet, no holes either."""
+        Migration.begin(self, npages)
+        self.late = self.holes = NO_PAGES
+
+    @property
+    def npages(self) -> int:
+        """Pages of the range."""
+        return (self.end - self.start) >> PAGE_SHIFT
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Whose memory it is, for the events."""
+        return {"process": self.vma.vm_mm.name, "start": self.start, "end": self.end}
 
 
 def check_arguments(migrate: MigrateVma) -> None:

@@ -19,6 +19,7 @@ from mm.page_alloc import check_zone, free_blocks, nr_free_pages
 from mm.page_flags import (
     FLAG_NAMES,
     PG_active,
+    PG_anon_exclusive,
     PG_dirty,
     PG_locked,
     PG_lru,
@@ -38,13 +39,15 @@ from mm.pgtable import (
     pte_special,
     pte_write,
 )
-from mm.swap import page_lru
+from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
 from mm.swap_slots import SWAP_HAS_CACHE
 from mm.swapops import (
+    is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
     is_swap_entry,
+    is_write_device_exclusive_entry,
     is_write_device_private_entry,
     pte_swp_exclusive,
     swp_offset,
@@ -76,13 +79,14 @@ class Census(NamedTuple):
     """What page tables hold, counted anew.
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
-    waiting: migration entries for each PFN; held: references from pagevecs, pins and the swap
-    cache, by PFN; swapped: entries that hold each slot.
+    waiting: migration entries for each PFN; taken: exclusive entries for each PFN; held:
+    references from pagevecs, pins and the swap cache, by PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
     mapped: NDArray[np.int32]
     waiting: NDArray[np.int32]
+    taken: NDArray[np.int32]
     held: NDArray[np.int32]
     swapped: NDArray[np.int32]
 
@@ -91,7 +95,7 @@ def _take_census(mem: MemMap) -> Census:
     zones = [zone for zone in mem.zones if zone is not None]
     spans = [np.arange(zone.start_pfn, zone.end_pfn) for zone in zones]
     pages = np.sort(np.concatenate(spans))
-    mapped, waiting, held = (np.zeros(mem.limit_pfn, dtype=np.int32) for _ in range(3))
+    mapped, waiting, taken, held = (np.zeros(mem.limit_pfn, dtype=np.int32) for _ in range(4))
     swapped = np.zeros(mem.swap.max, dtype=np.int32)
     one = np.int32(1)
     for mm in mem.mms:
@@ -101,6 +105,7 @@ def _take_census(mem: MemMap) -> Census:
                 (mapped, pte_pfn(ptes[normal])),
                 (mapped, swp_offset(ptes[is_device_private_entry(ptes)])),
                 (waiting, swp_offset(ptes[is_migration_entry(ptes)])),
+                (taken, swp_offset(ptes[is_device_exclusive_entry(ptes)])),
             ):
                 np.add.at(counts, pfns[(pfns >= 0) & (pfns < mem.limit_pfn)], one)
             slots = swp_offset(ptes[is_swap_entry(ptes)])
@@ -108,11 +113,11 @@ def _take_census(mem: MemMap) -> Census:
     for pagevec in (*mem.pagevecs, *mem.lazyfree_pagevecs):
         np.add.at(held, pagevec.live(), one)
     for pin in mem.pins:
-        np.add.at(held, pin.pfns, one)
+        np.add.at(held, pin.counted(pin.pfns), np.int32(pin.refs))
     held[mem.zero_pfn] += 1
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
-    return Census(pages, mapped, waiting, held, swapped)
+    return Census(pages, mapped, waiting, taken, held, swapped)
 
 
 def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
@@ -183,12 +188,12 @@ def check_free_pages(mem: MemMap, census: Census) -> Complaints:
 
 
 def check_counts(mem: MemMap, census: Census) -> Complaints:
-    """mapcount is what page tables hold; refcount is that, plus pagevecs, pins and the owner."""
+    """mapcount is what page tables hold; refcount is that, plus those who hold it besides."""
     pages = census.pages
     mapcount, refcount = mem.mapcount[pages], mem.refcount[pages]
     tables = census.mapped[pages]
     yield from _complain("mapcount", pages, mapcount != tables, "page tables say otherwise")
-    expected = tables + census.held[pages] + mem.is_zone_device_page(pages)
+    expected = tables + census.taken[pages] + census.held[pages] + mem.is_zone_device_page(pages)
     yield from _complain(
         "refcount", pages, refcount != expected, "not its mappings, pagevecs, pins and swap cache"
     )
@@ -222,6 +227,11 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     )
     swapbacked, cached = (flags & PG_swapbacked) != 0, (flags & PG_swapcache) != 0
     yield from _complain("flags", pages, cached & ~swapbacked, "in the swap cache, not swapbacked")
+    own = (flags & PG_anon_exclusive) != 0
+    shared = census.mapped[pages] + census.taken[pages] > 1
+    yield from _complain("flags", pages, own & shared, "shared, yet exclusive")
+    pinned = census.held[pages] >= GUP_PIN_COUNTING_BIAS
+    yield from _complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
 
 
 def check_lru(mem: MemMap, census: Census) -> Complaints:
@@ -250,7 +260,7 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
     waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for pagevec in mem.pagevecs:
         waiting[pagevec.live()] = True
-    mapped = system[census.mapped[system] > 0]
+    mapped = system[census.mapped[system] + census.taken[system] > 0]
     lost = ((mem.flags[mapped] & PG_lru) == 0) & ~waiting[mapped]
     yield from _complain("flags", mapped, lost, "mapped, but on no LRU list nor on its way")
 
@@ -305,15 +315,16 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
         for vma, addrs, ptes in _entries(mm):
             present, special = pte_present(ptes), pte_special(ptes)
             private, moving = is_device_private_entry(ptes), is_migration_entry(ptes)
-            poisoned, swapped = is_hwpoison_entry(ptes), is_swap_entry(ptes)
-            anon += int(np.count_nonzero((present & ~special) | private | moving))
+            poisoned, taken = is_hwpoison_entry(ptes), is_device_exclusive_entry(ptes)
+            swapped, slots = is_swap_entry(ptes), swp_offset(ptes)
+            anon += int(np.count_nonzero((present & ~special) | private | moving | taken))
             swapents += int(np.count_nonzero(swapped))
-            odd = ~(present | private | moving | poisoned | swapped)
+            odd = ~(present | private | moving | poisoned | taken | swapped)
             odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
-            slots = swp_offset(ptes)
             odd |= swapped & ((swp_type(ptes) != 0) | (slots == 0) | (slots >= mem.swap.max))
             yield from _complain("page table", addrs, odd, f"an entry of no kind in {vma!r}")
             writable = (present & pte_write(ptes)) | is_write_device_private_entry(ptes)
+            writable |= is_write_device_exclusive_entry(ptes)
             if not vma.vm_flags & VM_WRITE:
                 yield from _complain("page table", addrs, writable, f"writable in {vma!r}")
             lost = moving & ((swp_offset(ptes) < 0) | (swp_offset(ptes) >= mem.limit_pfn))
@@ -321,7 +332,7 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
             own = swapped & pte_swp_exclusive(ptes) & ~odd
             own[own] = census.swapped[slots[own]] != 1
             yield from _complain("page table", addrs, own, f"others hold the slot too, {vma!r}")
-            yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private)
+            yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private | taken)
         if anon != mm.anon_rss:
             yield f"anon_rss: {mm.name} says {mm.anon_rss}, its page tables hold {anon}"
         if swapents != mm.swapents:
@@ -329,12 +340,13 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
 
 
 def _check_owner(
-    mem: MemMap, vma: Vma, addrs: Addresses, ptes: Ptes, normal: Mask, private: Mask
+    mem: MemMap, vma: Vma, addrs: Addresses, ptes: Ptes, normal: Mask, away: Mask
 ) -> Complaints:
     """The page behind each entry is of the right kind, and its rmap leads back here."""
-    pfns = np.concatenate((pte_pfn(ptes[normal]), swp_offset(ptes[private])))
-    places = np.concatenate((addrs[normal], addrs[private]))
-    device = np.repeat([False, True], [int(normal.sum()), int(private.sum())])
+    pfns = np.concatenate((pte_pfn(ptes[normal]), swp_offset(ptes[away])))
+    places = np.concatenate((addrs[normal], addrs[away]))
+    private = is_device_private_entry(ptes)
+    device = np.concatenate((private[normal], private[away]))
     outside = (pfns < 0) | (pfns >= mem.limit_pfn)
     yield from _complain("page table", pfns, outside, "no such frame")
     pfns, places, device = pfns[~outside], places[~outside], device[~outside]

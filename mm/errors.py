@@ -40,16 +40,52 @@ class OutOfRange(MmError):
     code = errno.ERANGE
 
 
+class Overflow(MmError):
+    """EOVERFLOW: a range that is empty or ends where no address is."""
+
+    code = errno.EOVERFLOW
+
+
 class PermissionDenied(MmError):
     """EPERM: the mapping does not allow that access."""
 
     code = errno.EPERM
 
 
+class InputOutputError(MmError):
+    """EIO: not one byte could be transferred."""
+
+    code = errno.EIO
+
+
+class NoEntry(MmError):
+    """ENOENT: what was asked for is not there."""
+
+    code = errno.ENOENT
+
+
 class Busy(MmError):
     """EBUSY: something still uses what should go away."""
 
     code = errno.EBUSY
+
+
+class WouldBlock(MmError):
+    """EAGAIN: the call would have to wait, and was told not to."""
+
+    code = errno.EAGAIN
+
+
+class Misplaced(MmError):
+    """EIO: a page is on a node where the policy does not want it."""
+
+    code = errno.EIO
+
+
+class NoSuchNode(MmError):
+    """ENODEV: a page shall go to a node that the machine does not have."""
+
+    code = errno.ENODEV
 
 
 class Deadlock(MmError):

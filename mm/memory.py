@@ -4,8 +4,9 @@ handle_mm_fault() gets a vector of addresses of one VMA that a thread touched an
 reach. By what the page table holds there each goes one way:
 
     nothing                    do_anonymous_page   the zero page for a read, a frame for a write
-    not present                do_swap_page        in swap or device memory, on its way, or lost
+    not present                do_swap_page        in swap, with a device, on its way, or lost
     present, wants to store    do_wp_page          its own copy, or the page as it is if unshared
+             or to be its own
 
 A fault may end well and yet leave the entry as it was: the caller looks again and comes back,
 as a CPU runs its instruction again.
@@ -18,19 +19,18 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import KernelBug
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
+from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_DEVMAP,
-    _PAGE_DIRTY,
-    _PAGE_RW,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
     PTRS_PER_PTE,
@@ -53,6 +53,7 @@ from mm.swap import lru_cache_add, put_page
 from mm.swapfile import free_pages_and_swap_cache, free_swap_and_cache, reuse_swap_page
 from mm.swapin import do_swap_in
 from mm.swapops import (
+    is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
@@ -61,7 +62,7 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.trace import TracePoint
-from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault
+from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, maybe_mkwrite
 from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
 from mm.vectors import distinct, every, has, places, some, stretches
 
@@ -70,15 +71,16 @@ Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 page_fault_user: Final = TracePoint("page_fault_user")
 
 
-def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool) -> Faults:
+def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool = False) -> Faults:
     """Serve faults at *addrs* (page addresses inside *vma*, ascending); a VmFault word for each.
 
-    Called with mmap_sem held for read; the caller has checked that *vma* allows the access.
-    Linux: handle_mm_fault(), mm/memory.c.
+    unshare: a read that wants a page which is the process's own and stays so, as a pin does.
+    Called with mmap_sem held for read; the caller has checked that *vma* allows the access, or
+    may pass over that (FOLL_FORCE). Linux: handle_mm_fault(), mm/memory.c.
     """
     preempt("handle_mm_fault")
     mm = vma.vm_mm
-    faults = _handle_pte_faults(vma, addrs, write=write)
+    faults = _handle_pte_faults(vma, addrs, write=write, unshare=unshare)
     mm_account_fault(mm.mem, faults)
     return faults
 
@@ -103,7 +105,7 @@ def mm_account_fault(mem: MemMap, faults: Faults) -> None:
     task.min_flt += served.size - nr_major
 
 
-def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool) -> Faults:
+def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool) -> Faults:
     """Linux: handle_pte_fault(), mm/memory.c."""
     mm = vma.vm_mm
     if page_fault_user:
@@ -119,13 +121,13 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool) -> Faults:
         return do_swap_page(vma, addrs, at, ptes, write=write)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     away = ~none & ~present
-    kept = present & ~pte_write(ptes) if write else np.zeros_like(none)
+    kept = present & ~pte_write(ptes) if write or unshare else np.zeros_like(none)
     if some(none):
         faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write)
     if some(away):
         faults[away] = do_swap_page(vma, addrs[away], at[away], ptes[away], write=write)
     if some(kept):
-        faults[kept] = do_wp_page(vma, addrs[kept], at[kept])
+        faults[kept] = do_wp_page(vma, addrs[kept], at[kept], unshare=unshare)
     return faults
 
 
@@ -157,12 +159,12 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
         return np.zeros(addrs.size, dtype=np.uint16)
 
     cpu = current_task().cpu
-    pfns, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    pfns, faults = _alloc_zeroed_pages(vma, addrs)
     with mm.page_table_lock:
         here = at[: pfns.size]
         empty = pte_none(mem.tables.entries[here])
         mine = pfns if every(empty) else pfns[empty]
-        _map_new_pages(vma, addrs[: pfns.size][empty], here[empty], mine)
+        _map_new_pages(vma, addrs[: pfns.size][empty], here[empty], mine, anon_entries(vma, mine))
         mm.anon_rss += mine.size
     lru_cache_add_active(mem, mine, cpu)
     if mine.size < pfns.size:
@@ -170,26 +172,24 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
     return faults
 
 
-def _alloc_zeroed_pages(vma: Vma, count: int, cpu: int) -> tuple[Pfns, Faults]:
-    """Up to *count* zeroed frames, and what each of *count* faults comes to by that.
+def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
+    """Zeroed frames for *addrs*, or the first of them, and what each fault comes to by that.
 
     Some are better than none: once those are mapped, reclaim may swap them out for the others.
     """
-    mem = vma.vm_mm.mem
     anon_vma_prepare(vma)
-    nid = mem.cpu_to_node[cpu]
-    pfns = alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE | Gfp.ZERO, nid, count, cpu)
-    faults = np.zeros(count, dtype=np.uint16)
+    pfns = alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE | Gfp.ZERO)
+    faults = np.zeros(addrs.size, dtype=np.uint16)
     faults[pfns.size :] = VmFault.RETRY if pfns.size else VmFault.OOM
     return pfns, faults
 
 
-def _map_new_pages(vma: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
-    """Writable, dirty entries for fresh anonymous *pfns*, under the page-table lock."""
+def _map_new_pages(vma: Vma, addrs: Addresses, at: Indices, pfns: Pfns, entries: Ptes) -> None:
+    """Put *entries* for fresh anonymous *pfns* in place, under the page-table lock."""
     mem = vma.vm_mm.mem
     mem.flags[pfns] |= PG_uptodate
     page_add_new_anon_rmap(vma, pfns, addrs)
-    mem.tables.entries[at] = anon_entries(vma, pfns)
+    mem.tables.entries[at] = entries
 
 
 def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
@@ -203,7 +203,7 @@ def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
         return make_device_private_entry(pfns, np.full(pfns.size, writable))
     prot = vma.vm_page_prot
     if writable:
-        prot = word(prot | _PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
+        prot = word(prot | maybe_mkwrite(vma))
     if pfns.size and mem.is_device_public_page(pfns[:1])[0]:
         prot = word(prot | _PAGE_DEVMAP)
     return mk_pte(pfns, prot)
@@ -216,11 +216,12 @@ def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     lru_cache_add(mem, pfns, cpu)
 
 
-def do_wp_page(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
-    """A store to read-only entries of a writable mapping: use the page, or copy it.
+def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False) -> Faults:
+    """A store to read-only entries of a private mapping: use the page, or copy it.
 
     A page that is the process's own is made writable as it is. The zero page, and one that
-    others may reach too, is copied. Linux: do_wp_page(), mm/memory.c.
+    others may reach too, is copied. With *unshare* the entry stays read-only, and only whose page
+    it maps changes. Linux: do_wp_page(), mm/memory.c.
     """
     mem = vma.vm_mm.mem
     with vma.vm_mm.page_table_lock:
@@ -228,11 +229,12 @@ def do_wp_page(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
         readonly = pte_present(ptes) & ~pte_write(ptes)
         sole = readonly & ~pte_special(ptes)
         sole[sole] = _can_reuse(mem, pte_pfn(ptes[sole]))
-        mem.tables.entries[at[sole]] |= _PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+        if not unshare:
+            mem.tables.entries[at[sole]] |= maybe_mkwrite(vma)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     shared = readonly & ~sole
     if some(shared):
-        faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared])
+        faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared], unshare=unshare)
     return faults
 
 
@@ -246,18 +248,22 @@ def _can_reuse(mem: MemMap, pfns: Pfns) -> Mask:
     return own
 
 
-def wp_page_copy(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes) -> Faults:
+def wp_page_copy(
+    vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, unshare: bool = False
+) -> Faults:
     """Frames of their own in place of the pages in *ptes*, with the same contents.
 
     An entry that has changed meanwhile stays as it is. Linux: wp_page_copy(), mm/memory.c.
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
     cpu = current_task().cpu
-    new, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    new, faults = _alloc_zeroed_pages(vma, addrs)
     addrs, at, ptes = addrs[: new.size], at[: new.size], ptes[: new.size]
     old, zero = pte_pfn(ptes), pte_special(ptes)
     if mem.payload is not None and not every(zero):
         mem.payload[new[~zero]] = mem.payload[old[~zero]]
+    kept = ptes & _PAGE_SOFT_DIRTY if unshare else maybe_mkwrite(vma)
+    entries = mk_pte(new, vma.vm_page_prot) | kept
 
     for near in stretches(addrs, PAGE_SIZE):
         start, end = addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE
@@ -266,19 +272,20 @@ def wp_page_copy(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes) -> Faults:
             mm.page_table_lock,
         ):
             same = mem.tables.entries[at[near]] == ptes[near]
-            _map_new_pages(vma, addrs[near][same], at[near][same], new[near][same])
+            used = new[near][same]
+            _map_new_pages(vma, addrs[near][same], at[near][same], used, entries[near][same])
             replaced = old[near][same & ~zero[near]]
             mm.anon_rss += int(np.count_nonzero(same & zero[near]))
             page_remove_rmap(mem, replaced)
         free_pages_and_swap_cache(mem, replaced, cpu)
         put_page(mem, new[near][~same], cpu)
-        lru_cache_add_active(mem, new[near][same], cpu)
+        lru_cache_add_active(mem, used, cpu)
     mem.vmstat.add("cow_faults", new.size)
     return faults
 
 
 def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:
-    """Accesses to pages that are not there: read or wait for them, or have a device bring them.
+    """Accesses to pages that are not there: read, take, wait, or have the device bring them.
 
     Linux: do_swap_page(), mm/memory.c.
     """
@@ -288,16 +295,19 @@ def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: 
         return _device_private_entry_fault(vma, addrs, swp_offset(ptes), write=write)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     moving, lost = is_migration_entry(ptes), is_hwpoison_entry(ptes)
+    exclusive = is_device_exclusive_entry(ptes)
     faults[lost] = VmFault.HWPOISON
     if some(private):
         pfns = swp_offset(ptes[private])
         faults[private] = _device_private_entry_fault(vma, addrs[private], pfns, write=write)
+    if some(exclusive):
+        remove_device_exclusive_entry(vma, addrs[exclusive], ptes[exclusive])
     if some(moving):
         migration_entry_wait(mem, swp_offset(ptes[moving]))
     swapped = is_swap_entry(ptes)
     if some(swapped):
         faults[swapped] = _swap_in(vma, addrs[swapped], at[swapped], ptes[swapped], write=write)
-    unknown = ~(moving | private | lost | swapped)
+    unknown = ~(moving | private | lost | exclusive | swapped)
     if some(unknown):
         raise KernelBug(
             f"bad page table entry {ptes[unknown][0]:#x} at {addrs[unknown][0]:#x} of {vma!r}"
@@ -354,6 +364,7 @@ def _zap_run(mm: MmStruct, run: Run) -> Pfns:
     mapped = pte_present(ptes) & ~pte_special(ptes)
     private = is_device_private_entry(ptes)
     moving = is_migration_entry(ptes)
+    exclusive = swp_offset(ptes[is_device_exclusive_entry(ptes)])
     if mm.swapents:
         swapped = ptes[is_swap_entry(ptes)]
         free_swap_and_cache(mm.mem, swapped)
@@ -361,8 +372,9 @@ def _zap_run(mm: MmStruct, run: Run) -> Pfns:
     pfns = np.concatenate((pte_pfn(ptes[mapped]), swp_offset(ptes[private])))
     ptes[:] = 0
     page_remove_rmap(mm.mem, pfns)
-    mm.anon_rss -= pfns.size + int(np.count_nonzero(moving))
-    return pfns
+    gone = np.concatenate((pfns, exclusive))  # which are not mapped, and yet referenced
+    mm.anon_rss -= gone.size + int(np.count_nonzero(moving))
+    return gone
 
 
 def zap_page_range(mm: MmStruct, start: int, end: int, event: MmuNotifyEvent) -> None:

@@ -20,13 +20,20 @@ from mm.vectors import distinct, every, places, some
 FREE_REFCOUNT = 1  # of a ZONE_DEVICE page; 0 since v5.18 or so
 
 
-def devm_memremap_pages(mem: MemMap, pgmap: DevPagemap, npages: int) -> Zone:
-    """Give *pgmap*'s memory of *npages* pages PFNs, the highest that are free, as a zone.
+def devm_memremap_pages(
+    mem: MemMap, pgmap: DevPagemap, npages: int, start: int | None = None
+) -> Zone:
+    """Give *pgmap*'s memory of *npages* pages PFNs, as a zone: from *start* on, or the highest
+    that are free.
 
-    Raises OutOfRange where physical address space has no hole of that size.
+    Raises OutOfRange where physical address space has no hole of that size, Busy where something
+    is at *start* already.
     Linux: devm_memremap_pages(), kernel/memremap.c; memmap_init_zone_device(), mm/page_alloc.c.
     """
-    start = _find_hole(mem, npages)
+    if start is None:
+        start = _find_hole(mem, npages)
+    else:
+        _check_hole(mem, pgmap, start, start + npages)
     index = next((i for i, zone in enumerate(mem.zones) if i and zone is None), len(mem.zones))
     if index > np.iinfo(mem.zone.dtype).max:
         raise OutOfRange(f"{pgmap.name}: a machine has at most 255 zones; close another device")
@@ -55,6 +62,20 @@ def _find_hole(mem: MemMap, npages: int) -> int:
             f"free there; boot the machine with a larger max_physmem="
         )
     return top - npages
+
+
+def _check_hole(mem: MemMap, pgmap: DevPagemap, start: int, end: int) -> None:
+    if not 0 <= start < end <= mem.limit_pfn:
+        raise OutOfRange(
+            f"{pgmap.name}: PFNs [{start:#x}, {end:#x}) are not below {mem.limit_pfn:#x}; boot the "
+            f"machine with a larger max_physmem="
+        )
+    taken = places(mem.zone[start:end])
+    if taken.size:
+        zone = mem.zones[int(mem.zone[start + taken[0]])]
+        assert zone is not None
+        owner = f"zone {zone.name}" if zone.pgmap is None else zone.pgmap.name
+        raise Busy(f"{pgmap.name}: PFN {start + taken[0]:#x} belongs to {owner}")
 
 
 def devm_memunmap_pages(mem: MemMap, zone: Zone) -> None:

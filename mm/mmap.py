@@ -7,11 +7,12 @@ from typing import Final
 
 from mm.errors import InvalidArgument, InvalidRange, OutOfMemory
 from mm.memory import zap_page_range
+from mm.mempolicy import Mempolicy, mpol_equal
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_release
 from mm.pagewalk import free_pgtables
 from mm.rmap import anon_vma_clone, unlink_anon_vmas
 from mm.trace import TracePoint
-from mm.types import MmStruct, Vma, vma_pages
+from mm.types import VM_SOFTDIRTY, MmStruct, Vma, vma_pages
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
 
 TASK_SIZE_MAX: Final = (1 << 56) - PAGE_SIZE  # what five levels reach when asked by address
@@ -52,7 +53,7 @@ def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
     else:
         _check_fixed(addr, length)
         do_munmap(mm, addr, length)
-    vma = Vma(mm, addr, addr + length, vm_flags, addr >> PAGE_SHIFT)
+    vma = Vma(mm, addr, addr + length, vm_flags | VM_SOFTDIRTY, addr >> PAGE_SHIFT)
     _insert_vma(mm, vma)
     mm.total_vm += vma_pages(vma)
     if mm_mmap:
@@ -97,9 +98,10 @@ def _can_merge(before: Vma, after: Vma) -> bool:
     anon = before.anon_vma is None or after.anon_vma is None or before.anon_vma is after.anon_vma
     return (
         before.vm_end == after.vm_start
-        and before.vm_flags == after.vm_flags
+        and not (before.vm_flags ^ after.vm_flags) & ~VM_SOFTDIRTY
         and before.vm_file is after.vm_file
         and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
+        and mpol_equal(before.vm_policy, after.vm_policy)
         and anon
         and max(len(before.anon_vma_chain), len(after.anon_vma_chain)) <= 1
     )
@@ -114,6 +116,7 @@ def _vma_merge_around(mm: MmStruct, addr: int) -> None:
             if before.anon_vma is None:
                 anon_vma_clone(before, after)
             before.vm_end = after.vm_end
+            before.vm_flags |= after.vm_flags & VM_SOFTDIRTY
             unlink_anon_vmas(after)
 
 
@@ -122,10 +125,25 @@ def split_vma(mm: MmStruct, vma: Vma, addr: int) -> Vma:
     rest = Vma(mm, addr, vma.vm_end, vma.vm_flags, vma.vm_pgoff)
     rest.vm_pgoff += (addr - vma.vm_start) >> PAGE_SHIFT
     rest.vm_file = vma.vm_file
+    rest.vm_policy = vma.vm_policy
     anon_vma_clone(rest, vma)
     vma.vm_end = addr
     _insert_vma(mm, rest)
     return rest
+
+
+def vma_modify_policy(
+    mm: MmStruct, vma: Vma, start: int, end: int, policy: Mempolicy | None
+) -> None:
+    """Give [*start*, *end*) of *vma* another policy: split it, and merge what then continues.
+
+    The caller holds mmap_sem for write. Linux: vma_modify_policy(), mm/vma.c, v6.7.
+    """
+    inner = split_vma(mm, vma, start) if vma.vm_start < start else vma
+    if inner.vm_end > end:
+        split_vma(mm, inner, end)
+    inner.vm_policy = policy
+    _vma_merge_around(mm, start)
 
 
 def vmas_in(mm: MmStruct, start: int, end: int) -> list[Vma]:

@@ -115,8 +115,8 @@ class Node:
     zones: list[Zone] = field(default_factory=list)  # ascending addresses
     zonelist: list[Zone] = field(default_factory=list)  # where to look, best first
     lruvec: list[LruList] = field(default_factory=lambda: [LruList() for _ in Lru])
-    # Direct reclaim, filled by vmscan: (gfp, wanted pages) -> reclaimed pages.
-    reclaim: Callable[[int, int], int] | None = None
+    # Direct reclaim, filled by vmscan: (nodes to look at, wanted pages) -> reclaimed pages.
+    reclaim: Callable[[list[int], int], int] | None = None
     # What reclaims up to the high watermarks, filled by vmscan; for a thread that may wait.
     kswapd: Callable[[], int] | None = None
     kswapd_failures: int = 0  # runs of it in a row that reclaimed nothing

@@ -103,6 +103,7 @@ def _mergeable_anon_vma(vma: Vma) -> AnonVma | None:
             and before.vm_end == after.vm_start
             and not (before.vm_flags ^ after.vm_flags) & ~VM_WRITE
             and before.vm_file is after.vm_file
+            and before.vm_policy == after.vm_policy
             and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
         ):
             return near.anon_vma

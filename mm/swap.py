@@ -44,18 +44,18 @@ _NID_SHIFT: Final = word(32)
 _COUNTERS: Final = {lru: f"nr_{lru.name.lower()}" for lru in Lru}
 
 
-def get_page(mem: MemMap, pfns: Pfns) -> None:
-    """One more reference to each of *pfns*, which may repeat. Linux: get_page()."""
+def get_page(mem: MemMap, pfns: Pfns, *, refs: int = 1) -> None:
+    """*refs* more references to each of *pfns*, which may repeat. Linux: get_page()."""
     if pfns.size:
         with mem.locks.atomic:
-            add_at(mem.refcount, pfns, 1)
+            add_at(mem.refcount, pfns, refs)
             if mem.debug:
                 fresh = pfns[(mem.refcount[pfns] == FREE_REFCOUNT + 1) & (pfns >= mem.max_pfn)]
                 mem.page_owner[fresh] = current()
 
 
-def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
-    """One reference less to each of *pfns*, which may repeat; frees what nobody holds.
+def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0, *, refs: int = 1) -> None:
+    """*refs* references less to each of *pfns*, which may repeat; frees what nobody holds.
 
     A ZONE_DEVICE page is free at one reference, not at none, and goes back to its driver.
     Raises KernelBug for a reference that was never taken.
@@ -64,7 +64,7 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     if not pfns.size:
         return
     with mem.locks.atomic:
-        add_at(mem.refcount, pfns, -1)
+        add_at(mem.refcount, pfns, -refs)
         left = mem.refcount[rows(pfns)].copy()
     free_at = mem.is_zone_device_page(pfns)
     last = left <= free_at

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mm.errors import KernelBug
 from mm.filemap import lock_new_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.page_alloc import alloc_pages_bulk
+from mm.mempolicy import alloc_pages_vma
 from mm.page_flags import PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
 from mm.page_io import swap_readpage
 from mm.pgtable import _PAGE_DIRTY, _PAGE_RW, _PAGE_SOFT_DIRTY, mk_pte
@@ -35,7 +35,7 @@ from mm.swap_state import (
 )
 from mm.swapfile import try_to_free_swap
 from mm.swapops import pte_swp_exclusive, pte_swp_soft_dirty, swp_offset, swp_type
-from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, MemMap, Vma, VmFault
+from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, Vma, VmFault
 from mm.typing import Addresses, Indices, Mask, Pfns, Ptes, Slots, word
 from mm.vectors import every, has, places, some
 from mm.workingset import workingset_refault
@@ -71,7 +71,7 @@ def do_swap_in(
     if some(bad):
         raise KernelBug(f"bad page table entry {ptes[bad][0]:#x} at {addrs[bad][0]:#x} of {vma!r}")
     anon_vma_prepare(vma)
-    page = swapin(mem, slots)
+    page = swapin(vma, addrs, slots)
 
     got = places(page.pfns)
     pfns = page.pfns[got]
@@ -89,8 +89,12 @@ def do_swap_in(
     return np.where(same, page.faults, 0)
 
 
-def swapin(mem: MemMap, slots: Slots) -> SwappedIn:
-    """Find the pages of *slots* in the swap cache, or read them. Linux: swapin_readahead()."""
+def swapin(vma: Vma, addrs: Addresses, slots: Slots) -> SwappedIn:
+    """Find the pages of *slots*, for *addrs* of *vma*, in the swap cache, or read them.
+
+    Linux: swapin_readahead(), mm/swap_state.c.
+    """
+    mem = vma.vm_mm.mem
     faults = np.full(slots.size, VmFault.RETRY, dtype=np.uint16)
     first = np.zeros(slots.size, dtype=np.bool_)  # of those that stand for the same slot
     first[np.unique(slots, return_index=True)[1]] = True
@@ -109,22 +113,21 @@ def swapin(mem: MemMap, slots: Slots) -> SwappedIn:
 
     read = np.zeros(slots.size, dtype=np.bool_)
     if absent.size:
-        pfns[absent], faults[absent] = read_swap_cache(mem, slots[absent])
+        pfns[absent], faults[absent] = read_swap_cache(vma, addrs[absent], slots[absent])
         read[absent] = pfns[absent] > 0
     return SwappedIn(pfns, read, faults, busy)
 
 
-def read_swap_cache(mem: MemMap, slots: Slots) -> tuple[Pfns, NDArray[np.uint16]]:
+def read_swap_cache(vma: Vma, addrs: Addresses, slots: Slots) -> tuple[Pfns, NDArray[np.uint16]]:
     """Read *slots* (distinct) into the swap cache: a page each, locked and with a reference, or 0.
 
     With it goes what the fault comes to: MAJOR, SIGBUS where the slot cannot be read, OOM where no
     frame is left for any, RETRY where none is for this one, or another thread was first.
     Linux: read_swap_cache_async(), mm/swap_state.c.
     """
-    cpu, si = current_task().cpu, mem.swap
-    frames = alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE, mem.cpu_to_node[cpu], slots.size, cpu)
+    mem, cpu = vma.vm_mm.mem, current_task().cpu
+    si, frames = mem.swap, alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE)
     faults = np.full(slots.size, VmFault.RETRY if frames.size else VmFault.OOM, dtype=np.uint16)
-    faults[: frames.size] = VmFault.RETRY
     with mem.locks.atomic:
         cached, unused = si.cache[slots[: frames.size]], swap_count(si, slots[: frames.size]) == 0
         wanted = (cached <= 0) & ~unused

@@ -17,10 +17,12 @@ from mm.locking import Locks, RwSemaphore, SpinLock
 from mm.mmzone import Node, PageStack, Zone
 from mm.pgtable import (
     _PAGE_ACCESSED,
+    _PAGE_DIRTY,
     _PAGE_NX,
     _PAGE_PRESENT,
     _PAGE_PROTNONE,
     _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
     _PAGE_USER,
     TablePool,
 )
@@ -215,6 +217,19 @@ def vm_get_page_prot(vm_flags: int) -> Word:
     return word(prot)
 
 
+_DIRTIED: Final = word(_PAGE_DIRTY | _PAGE_SOFT_DIRTY)
+_STORED: Final = word(_PAGE_RW | _DIRTIED)
+
+
+def maybe_mkwrite(vma: Vma) -> Word:
+    """What a store leaves in an entry of *vma*, writable only where the process may store.
+
+    Where it may not, somebody else has stored for it (FOLL_FORCE). Linux: maybe_mkwrite() of
+    pte_mkdirty(), include/linux/mm.h.
+    """
+    return _STORED if vma.vm_flags & VM_WRITE else _DIRTIED
+
+
 @dataclass(slots=True, eq=False)
 class AnonVma:
     """The VMAs in which the pages of one anonymous area may be mapped. Linux: struct anon_vma."""
@@ -290,6 +305,9 @@ class MmStruct:
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
         self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py
+        self.interval_notifiers: list[Any] = []  # its MmuIntervalNotifier, by start
+        self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
+        self.hmm: Any = None  # the Hmm of hmm/mirror.py
         self.exited = False
         mem.mms.append(self)

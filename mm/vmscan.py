@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.filemap import trylock_page, unlock_page
-from mm.gfp import Gfp
 from mm.locking import preempt
 from mm.mmzone import Lru, Node
 from mm.page_alloc import MAX_RECLAIM_RETRIES, drain_all_pages
@@ -59,7 +58,6 @@ from mm.workingset import workingset_eviction
 SWAP_CLUSTER_MAX: Final = 32  # pages that reclaim takes at least, once it has begun
 DEF_PRIORITY: Final = 12  # the first round looks at 1/4096 of each list, the last at all of it
 
-_THISNODE: Final = int(Gfp.THISNODE)
 _INACTIVE: Final = word(~PG_active)
 _UNREFERENCED: Final = word(~PG_referenced)
 
@@ -87,16 +85,15 @@ class ScanControl:
 def kswapd_init(mem: MemMap) -> None:
     """Let the allocator have memory reclaimed when it is short. Linux: kswapd_init()."""
     for node in mem.nodes:
-        node.reclaim = partial(try_to_free_pages, mem, node)
+        node.reclaim = partial(try_to_free_pages, mem)
         node.kswapd = partial(balance_pgdat, mem, node)
 
 
-def try_to_free_pages(mem: MemMap, node: Node, gfp: int, wanted: int) -> int:
-    """Reclaim *wanted* pages, or a few more, where an allocation for *node* may look; how many.
+def try_to_free_pages(mem: MemMap, nids: list[int], wanted: int) -> int:
+    """Reclaim *wanted* pages, or a few more, of the nodes *nids*; how many it were.
 
     Linux: try_to_free_pages(), mm/vmscan.c.
     """
-    nids = dict.fromkeys([node.nid] if gfp & _THISNODE else [z.nid for z in node.zonelist])
     sc = ScanControl(max(wanted, SWAP_CLUSTER_MAX), "direct")
     lru_add_drain_all(mem)
     for sc.priority in range(DEF_PRIORITY, -1, -1):

@@ -23,9 +23,17 @@ VMSTAT_NAMES: Final = (
     "nr_anon_pages",  # mapped anonymous pages, device memory included
     "nr_swapcached",  # pages in the swap cache
     "nr_page_table_pages",
+    "nr_foll_pin_acquired",  # pins taken since boot: this one and the next only rise
+    "nr_foll_pin_released",
     "pgalloc_dma",
     "pgalloc_dma32",
     "pgalloc_normal",
+    "numa_hit",  # pages that came from the node that was asked first
+    "numa_miss",  # pages that came from another, because that one had none
+    "numa_foreign",  # the same pages, as the node sees it that had none
+    "numa_interleave",  # pages that came from the node whose turn it was
+    "numa_local",  # pages that came from the node of the CPU that asked
+    "numa_other",
     "pgfree",
     "pgactivate",
     "pgdeactivate",

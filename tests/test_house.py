@@ -23,11 +23,12 @@ OURS = {
         "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",
         "highmem": "byte_places reserve_payload",
         "mmap": "vmas_in",
+        "mmu_notifier": "call_each",
         "pgtable": "pte_tables",
         "swap": "lru_pages",
         "swapops": "swp_type swp_offset",
         "typing": "pages word number",
-        "uaccess": "access_pages page_range gather_from_user scatter_to_user",
+        "uaccess": "access_pages page_range payload_of gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
             "stretches"

@@ -10,12 +10,25 @@ from mm.debug import dump_page
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
 from mm.mmzone import Lru
-from mm.page_flags import PG_active, PG_dirty, PG_locked, PG_lru, PG_reserved, PG_swapcache
+from mm.page_flags import (
+    PG_active,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_locked,
+    PG_lru,
+    PG_reserved,
+    PG_swapcache,
+)
 from mm.pgtable import _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
 from mm.rmap import anon_vma_prepare
 from mm.swap import lru_add_drain_all
-from mm.swapops import make_device_private_entry, make_migration_entry, swp_entry
-from mm.types import COLUMNS, Vma, page_anon
+from mm.swapops import (
+    make_device_exclusive_entry,
+    make_device_private_entry,
+    make_migration_entry,
+    swp_entry,
+)
+from mm.types import COLUMNS, VM_WRITE, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
 from tests.world import mapped_range
 
@@ -169,6 +182,21 @@ class TestFlags:
 
         assert f"{column}: page {pfn:#x}: {rule}" in lines
 
+    def test_page_of_two_that_is_said_to_be_of_one(self, world):
+        """A store would go to the page of both."""
+        world.fork(0)
+        flags, pfn = world.machine.mem.flags, page_of(world, "mapped")
+
+        with spoiled(flags, pfn, flags[pfn] | PG_anon_exclusive):
+            assert [f"flags: page {pfn:#x}: shared, yet exclusive"] == complaints(world.machine)
+
+    def test_pinned_page_that_may_be_shared(self, world):
+        """A store of the process would leave the device with the old bytes."""
+        pin, flags = world.pin(page=0), world.machine.mem.flags
+
+        with spoiled(flags, pin.pfns[0], flags[pin.pfns[0]] & ~PG_anon_exclusive):
+            assert "pinned, yet not the process's own" in complaints(world.machine)[0]
+
     def test_wrong_list(self, world):
         """A page that is active by its flags is not on the inactive list."""
         flags, pfn = world.machine.mem.flags, page_of(world, "mapped")
@@ -307,6 +335,30 @@ class TestEntries:
         found = entry_complaints(world, 0, make_device_private_entry(world.pfns()[:1], WRITABLE))
 
         assert "entry and kind of memory do not agree" in found
+
+    def test_exclusive_entry_that_nobody_counted(self, world):
+        """It is a reference to its page, and part of the process, but no mapping."""
+        found = entry_complaints(world, 3, make_device_exclusive_entry(world.pfns()[:1], WRITABLE))
+
+        for what in ("refcount:", "anon_rss: train says 3, its page tables hold 4"):
+            assert what in found
+        assert f"index: page {world.pfns()[0]:#x}: not its offset in" in found
+        assert "mapcount:" not in found
+
+    def test_exclusive_entry_for_private_memory(self, world):
+        """What a device has for itself is in reach of a CPU that takes it back."""
+        found = entry_complaints(world, 2, make_device_exclusive_entry(world.pfns()[2:3], WRITABLE))
+
+        assert "entry and kind of memory do not agree" in found
+
+    def test_writable_exclusive_entry_of_a_read_only_area(self, world):
+        """It gives no right that the area does not give."""
+        world.make_exclusive(0)
+
+        with spoiled_attribute(world.vma, "vm_flags", world.vma.vm_flags & ~VM_WRITE):
+            found = " ".join(complaints(world.machine))
+
+        assert f"page table: page {world.addr:#x}" in found
 
     def test_migration_entry_without_a_lock(self, world):
         """Who migrates a page has it locked."""

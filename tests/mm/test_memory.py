@@ -379,13 +379,14 @@ class TestZap:
         assert 2 == world.process.mm.anon_rss
 
     def test_every_kind_of_entry(self):
-        """Frames, the zero page, device pages and lost pages all go, and their memory with them."""
+        """Frames, whoever has them, the zero page and lost pages go, and their memory with them."""
         world = mapped_range(pages=5, filled=False)
         world.process.write(world.at(0), b"x")
         world.process.read(world.at(1), 1)
         world.process.write(world.at(2), b"x")
         world.gpu.to_device(world.process, world.at(2), PAGE_SIZE)
         world.machine.mem.tables.entries[entries_at(world)[3]] = make_hwpoison_entry(pages(9))[0]
+        world.make_exclusive(4)
 
         world.process.munmap(world.addr, world.nbytes)
 

@@ -366,8 +366,8 @@ class TestAllocPagesBulk:
         held = alloc_pages_bulk(mem, GFP_KERNEL, 0, 5000)
         asked, yields = [], [held[:60], held[60:70], held[:0]]
 
-        def reclaim(gfp, wanted):
-            asked.append((gfp, wanted))
+        def reclaim(nids, wanted):
+            asked.append((nids, wanted))
             freed = yields[len(asked) - 1]
             put(mem, freed)
             return freed.size
@@ -376,7 +376,7 @@ class TestAllocPagesBulk:
 
         got = alloc_pages_bulk(mem, GFP_KERNEL, 0, 100)
 
-        assert [(GFP_KERNEL, 100)] * 3 == asked
+        assert [([0], 100)] * 3 == asked
         assert 70 == got.size
 
     def test_reclaim_in_vain_is_given_up(self):
@@ -411,7 +411,7 @@ class TestAllocPagesBulk:
         """A request without DIRECT_RECLAIM fails at once."""
         mem = memory(4096)
         alloc_pages_bulk(mem, GFP_ATOMIC, 0, 5000)
-        mem.nodes[0].reclaim = lambda gfp, wanted: pytest.fail("reclaimed")
+        mem.nodes[0].reclaim = lambda nids, wanted: pytest.fail("reclaimed")
 
         assert 0 == alloc_pages_bulk(mem, GFP_ATOMIC, 0, 100).size
 
