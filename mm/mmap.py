@@ -132,18 +132,19 @@ def split_vma(mm: MmStruct, vma: Vma, addr: int) -> Vma:
     return rest
 
 
-def vma_modify_policy(
-    mm: MmStruct, vma: Vma, start: int, end: int, policy: Mempolicy | None
-) -> None:
-    """Give [*start*, *end*) of *vma* another policy: split it, and merge what then continues.
+def vma_modify_policy(vma: Vma, start: int, end: int, policy: Mempolicy | None) -> Vma:
+    """Give [*start*, *end*) of *vma* another policy; the VMA that it is in then.
 
-    The caller holds mmap_sem for write. Linux: vma_modify_policy(), mm/vma.c, v6.7.
+    It is split where it must be, and merged with what it continues. The caller holds mmap_sem for
+    write. Linux: vma_modify_policy(), mm/vma.c, v6.12; vma_replace_policy(), mm/mempolicy.c.
     """
+    mm = vma.vm_mm
     inner = split_vma(mm, vma, start) if vma.vm_start < start else vma
     if inner.vm_end > end:
         split_vma(mm, inner, end)
     inner.vm_policy = policy
     _vma_merge_around(mm, start)
+    return mm.vmas[bisect_right(mm.vmas, start, key=_vm_end)]
 
 
 def vmas_in(mm: MmStruct, start: int, end: int) -> list[Vma]:
