@@ -43,7 +43,7 @@ from mm.migrate import (
     migrate_pages,
     putback_movable_pages,
 )
-from mm.mmap import find_vma, page_align, vma_modify_policy, vmas_in
+from mm.mmap import find_vma, page_align, vmas_in
 from mm.pagewalk import walk_page_range
 from mm.pgtable import pte_pfn, pte_present, pte_special
 from mm.sched import Task, current_task
@@ -52,6 +52,7 @@ from mm.swapops import is_migration_entry
 from mm.types import MemMap, MmStruct, Vma
 from mm.typing import PAGE_SIZE, Mask, Pfns, Ptes
 from mm.vectors import joined, some
+from mm.vma import vma_modify_policy
 
 _MOVE = MPOL_MF_MOVE | MPOL_MF_MOVE_ALL
 

@@ -197,7 +197,7 @@ class World:
         shared = self.pfns()[which]
         mem.tables.entries[pte_offset_alloc(child.mm, self.addrs[which])] = self.ptes()[which]
         get_page(mem, shared)
-        page_add_anon_rmap(mem, shared)
+        page_add_anon_rmap(vma, shared)
         mem.flags[shared] &= ~PG_anon_exclusive
         child.mm.anon_rss += shared.size
         return child
@@ -239,6 +239,7 @@ class World:
         self.machine.verify()
         assert self.free_at_boot == self.machine.nr_free_pages
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
+        assert 0 == self.machine.mem.swap.inuse_pages
         assert {} == self.machine.mem.anon_vmas
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from hmm.script import devices, memory, nodes, pins, state
-from hmm.script.actor import GRAMMARS, Actor, Answer, Host, Unsupported, operation
+from hmm.script.actor import Actor, Host
 from hmm.script.language import parse
+from hmm.script.operations import GRAMMARS, Answer, Unsupported, operation
 
 OPERATIONS: Final = (memory, state, devices, nodes, pins)  # the files that have operations
 NOT_YET: Final = (

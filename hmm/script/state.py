@@ -7,8 +7,9 @@ from typing import Final
 import numpy as np
 
 from hmm.dmirror_device import DmirrorChunk
-from hmm.script.actor import COUNTED, MAX_PAGES, STRIDE, Actor, Answer, Pages, Refused, operation
+from hmm.script.actor import COUNTED, MAX_PAGES, STRIDE, Actor, Pages
 from hmm.script.answers import MAX_SHOWN, runs, status_name
+from hmm.script.operations import Answer, Refused, operation
 from mm.numa import do_pages_stat
 from mm.page_flags import (
     PG_anon_exclusive,
