@@ -37,6 +37,7 @@ from hmm.range import (
 )
 from mm.errors import (
     Busy,
+    Deadlock,
     DriverBug,
     InvalidArgument,
     InvalidRange,
@@ -155,6 +156,32 @@ class Hmm:
                 mirror = self.mirrors.pop()
             mirror.hmm = None
             yield partial(mirror.ops.release, mirror)
+
+    def track(self, tracked: HmmVmaRange, *, block: bool) -> None:
+        """Let *tracked* hear of changes from now on, at a moment when none of it is under way.
+
+        Unlike Linux v4.20, where a range may be read between start and end of a change, after the
+        mirror forgot it, and count as valid (v5.2 waits too).
+        """
+        while True:
+            with self.lock:
+                under_way = self._under_way(tracked)
+                if under_way is None:
+                    tracked.valid = True
+                    self.ranges.append(tracked)
+                    return
+            what = f"invalidation of [{under_way.start:#x}, {under_way.end:#x}) of {self.mm.name}"
+            if under_way.thread == current():
+                raise Deadlock(f"a range would wait for the {what}, which this thread is at")
+            if not block:
+                raise WouldBlock(f"a range would have to wait for the {what}")
+            self.mm.mem.locks.wait_until(lambda: self._under_way(tracked) is None, what)
+
+    def _under_way(self, tracked: HmmVmaRange) -> MmuNotifierRange | None:
+        for invalid in tuple(self.mm.invalidating):
+            if invalid.start < tracked.end and tracked.start < invalid.end:
+                return invalid
+        return None
 
     def drop_ranges(self) -> None:
         """Whatever is read of the address space is not true any more."""
@@ -297,7 +324,7 @@ def hmm_vma_fault(range: HmmVmaRange, block: bool) -> None:
     Unlike Linux v4.20, *block* is heeded; mmap_sem stays held in any case; and a page that
     another's fault has touched is still asked for what it was.
     """
-    _begin("hmm_vma_fault", range)
+    _begin("hmm_vma_fault", range, block=block)
     walk = _MirrorWalk(range, block=block)
     walk.take_requests()
     _run(walk)
@@ -319,7 +346,7 @@ def hmm_vma_range_done(range: HmmVmaRange) -> bool:
         return range.valid
 
 
-def _begin(call: str, range: HmmVmaRange) -> None:
+def _begin(call: str, range: HmmVmaRange, *, block: bool = True) -> None:
     """Raise unless *range* can be read, and track it."""
     vma, start, end = range.vma, range.start, range.end
     mm = vma.vm_mm
@@ -340,11 +367,9 @@ def _begin(call: str, range: HmmVmaRange) -> None:
     if not vma.vm_flags & VM_READ:
         range.pfns[:] = range.values.none
         raise PermissionDenied(f"{call}: {vma!r} may not be read")
-    with hmm.lock:
-        if range in hmm.ranges:
-            raise InvalidArgument(f"{call}: call hmm_vma_range_done() before the next one")
-        range.valid = True
-        hmm.ranges.append(range)
+    if range in hmm.ranges:
+        raise InvalidArgument(f"{call}: call hmm_vma_range_done() before the next one")
+    hmm.track(range, block=block)
 
 
 def _run(walk: _MirrorWalk) -> None:
