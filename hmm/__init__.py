@@ -37,15 +37,9 @@ from hmm.mirror import (
     HMM_UPDATE_INVALIDATE,
     HmmMirror,
     HmmMirrorOps,
-    HmmPfnFlags,
-    HmmPfnValues,
     HmmUpdate,
-    HmmVmaRange,
     hmm_mirror_register,
     hmm_mirror_unregister,
-    hmm_vma_fault,
-    hmm_vma_get_pfns,
-    hmm_vma_range_done,
 )
 from hmm.range import (
     HMM_PFN_ERROR,
@@ -56,6 +50,14 @@ from hmm.range import (
     HmmRange,
     hmm_pfn_to_pfn,
     hmm_range_fault,
+)
+from hmm.vma_range import (
+    HmmPfnFlags,
+    HmmPfnValues,
+    HmmVmaRange,
+    hmm_vma_fault,
+    hmm_vma_get_pfns,
+    hmm_vma_range_done,
 )
 
 __all__ = [
