@@ -52,6 +52,7 @@ from mm.errors import (
     SegmentationFault,
 )
 from mm.filemap import unlock_page
+from mm.gup import make_device_exclusive_range
 from mm.locking import SpinLock, cond_resched
 from mm.mmap import find_vma
 from mm.mmu_notifier import (
@@ -73,7 +74,6 @@ from mm.pgtable import (
     pte_special,
 )
 from mm.process import Process
-from mm.rmap import make_device_exclusive_range
 from mm.swap import put_page
 from mm.types import VM_READ, VM_WRITE, Vma
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns, Ptes, word

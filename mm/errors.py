@@ -34,6 +34,18 @@ class OutOfMemory(MmError):
     code = errno.ENOMEM
 
 
+class NotMapped(MmError):
+    """ENOMEM: nothing is mapped in a part of the range."""
+
+    code = errno.ENOMEM
+
+
+class TryAgain(MmError):
+    """EAGAIN: memory was short; the same call may succeed later."""
+
+    code = errno.EAGAIN
+
+
 class OutOfRange(MmError):
     """ERANGE: physical address space has no hole of that size."""
 
@@ -52,6 +64,18 @@ class PermissionDenied(MmError):
     code = errno.EPERM
 
 
+class AccessDenied(MmError):
+    """EACCES: what is mapped may never be accessed that way."""
+
+    code = errno.EACCES
+
+
+class InputOutputError(MmError):
+    """EIO: not one byte could be transferred."""
+
+    code = errno.EIO
+
+
 class NoEntry(MmError):
     """ENOENT: what was asked for is not there."""
 
@@ -68,6 +92,18 @@ class WouldBlock(MmError):
     """EAGAIN: the call would have to wait, and was told not to."""
 
     code = errno.EAGAIN
+
+
+class Misplaced(MmError):
+    """EIO: a page is on a node where the policy does not want it."""
+
+    code = errno.EIO
+
+
+class NoSuchNode(MmError):
+    """ENODEV: a page shall go to a node that the machine does not have."""
+
+    code = errno.ENODEV
 
 
 class Deadlock(MmError):
@@ -94,6 +130,12 @@ class BusError(MmError):
     def __init__(self, address: int, message: str) -> None:
         super().__init__(message)
         self.address = address
+
+
+class HwPoison(MmError):
+    """EHWPOISON: the contents of a page of the range are lost."""
+
+    code = 133  # EHWPOISON, for which `errno` has no name
 
 
 class KernelBug(AssertionError):

@@ -23,7 +23,6 @@ from mm.pgtable import (
     _PAGE_DIRTY,
     _PAGE_PRESENT,
     _PAGE_RW,
-    _PAGE_SOFT_DIRTY,
     pte_offset,
     pte_pfn,
 )
@@ -38,7 +37,7 @@ BLOCK: Final = (
     1 << 16
 )  # pages that one pass faults in and touches; memset() is at its best on 256 MiB
 _STORE: Final = word(_PAGE_PRESENT | _PAGE_RW)  # what a store needs of an entry, and leaves in it
-_STORED: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
+_STORED: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY)  # by hardware; faults mark soft-dirty
 MAX_RETRIES: Final = 1000  # faults that changed nothing, in a row, before we call it a lockup
 
 
@@ -101,14 +100,14 @@ def _fault_in(mm: MmStruct, addrs: Addresses, *, write: bool) -> tuple[int, MmEr
             addr = addrs.item(done)
             vma = find_vma(mm, addr)
             if vma is None or vma.vm_start > addr or access_error(vma, write=write):
-                return addr, _segmentation_fault(mm, vma, addr, write=write)
+                return addr, bad_area(mm, vma, addr, write=write)
             inside = addrs.item(-1) < vma.vm_end
             here = addrs[done : None if inside else int(addrs.searchsorted(vma.vm_end))]
             faults = handle_mm_fault(vma, here, write=write)
             failed = places(faults & VM_FAULT_ERROR)
             if failed.size:
                 addr = here.item(failed[0])
-                return addr, _fault_error(mm, addr, VmFault(faults.item(failed[0])))
+                return addr, mm_fault_error(mm, addr, VmFault(faults.item(failed[0])))
             done += here.size
     return 0, None
 
@@ -120,17 +119,22 @@ def access_error(vma: Vma, *, write: bool) -> bool:
     return not vma.vm_flags & (VM_READ | VM_EXEC | VM_WRITE)
 
 
-def _segmentation_fault(
-    mm: MmStruct, vma: Vma | None, addr: int, *, write: bool
-) -> SegmentationFault:
+def bad_area(mm: MmStruct, vma: Vma | None, addr: int, *, write: bool) -> SegmentationFault:
+    """What an access gets that *vma*, the first to end above *addr*, does not allow.
+
+    Linux: bad_area(), bad_area_access_error(), arch/x86/mm/fault.c.
+    """
     what = "write to" if write else "read of"
     if vma is None or vma.vm_start > addr:
         return SegmentationFault(addr, f"{mm.name}: {what} {addr:#x}, where nothing is mapped")
     return SegmentationFault(addr, f"{mm.name}: {what} {addr:#x} is not allowed by {vma!r}")
 
 
-def _fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
-    """Linux: mm_fault_error(), arch/x86/mm/fault.c."""
+def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
+    """What an access gets whose *fault* could not be served.
+
+    Linux: mm_fault_error(), arch/x86/mm/fault.c.
+    """
     if fault & VmFault.OOM:
         return OutOfMemory(
             f"{mm.name}: no frame for the page at {addr:#x}, {nr_free_pages(mm.mem)} pages are "
@@ -146,7 +150,8 @@ def page_range(addr: int, nbytes: int) -> Addresses:
     return np.arange(addr & ~(PAGE_SIZE - 1), addr + nbytes if nbytes else 0, PAGE_SIZE)
 
 
-def _payload(mm: MmStruct) -> Payload:
+def payload_of(mm: MmStruct) -> Payload:
+    """The contents of all frames. Raises InvalidArgument on a machine that keeps none."""
     if mm.mem.payload is None:
         raise InvalidArgument("this machine keeps no contents; boot it with payload=True")
     return mm.mem.payload
@@ -154,7 +159,7 @@ def _payload(mm: MmStruct) -> Payload:
 
 def copy_from_user(mm: MmStruct, addr: int, out: Payload) -> None:
     """Load uint8[n] *out* from [*addr*, *addr* + n). Linux: copy_from_user(), asm/uaccess.h."""
-    payload = _payload(mm)
+    payload = payload_of(mm)
     first = addr & ~(PAGE_SIZE - 1)
 
     def load(place: int, pfns: Pfns) -> None:
@@ -167,7 +172,7 @@ def copy_from_user(mm: MmStruct, addr: int, out: Payload) -> None:
 
 def copy_to_user(mm: MmStruct, addr: int, data: Payload) -> None:
     """Store uint8[n] *data* at *addr*. Linux: copy_to_user(), asm/uaccess.h."""
-    payload = _payload(mm)
+    payload = payload_of(mm)
     first = addr & ~(PAGE_SIZE - 1)
 
     def store(place: int, pfns: Pfns) -> None:
@@ -180,7 +185,7 @@ def copy_to_user(mm: MmStruct, addr: int, data: Payload) -> None:
 
 def gather_from_user(mm: MmStruct, addrs: Addresses) -> Payload:
     """The byte at each of *addrs*, int64[n] in any order; uint8[n]."""
-    flat = _payload(mm).reshape(-1)
+    flat = payload_of(mm).reshape(-1)
     out = np.empty(addrs.size, dtype=np.uint8)
     frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
 
@@ -194,7 +199,7 @@ def gather_from_user(mm: MmStruct, addrs: Addresses) -> Payload:
 
 def scatter_to_user(mm: MmStruct, addrs: Addresses, data: Payload) -> None:
     """Store data[i] at addrs[i]; of an address that repeats, the last one stays."""
-    flat = _payload(mm).reshape(-1)
+    flat = payload_of(mm).reshape(-1)
     frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
 
     def store(place: int, pfns: Pfns) -> None:

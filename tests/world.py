@@ -15,28 +15,37 @@ import numpy as np
 from devices import Driver, NumpyDevice
 from mm import PAGE_SIZE, Machine, Process
 from mm.filemap import unlock_page
-from mm.gup import Pin
+from mm.gup import Pin, make_device_exclusive_range
+from mm.memory import pte_offset_alloc
 from mm.mmap import exit_mmap
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_flags import PG_locked
+from mm.page_flags import PG_anon_exclusive, PG_locked
 from mm.pgtable import (
     _PAGE_ACCESSED,
+    _PAGE_DEVMAP,
     _PAGE_DIRTY,
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
+    _PAGE_SPECIAL,
+    PTE_PFN_MASK,
     pte_offset,
     pte_pfn,
     pte_present,
     pte_write,
 )
-from mm.swap import get_page, isolate_lru_page, lru_add_drain_all, putback_lru_page
+from mm.rmap import anon_vma_clone, page_add_anon_rmap
+from mm.sched import running
+from mm.swap import get_page, isolate_lru_page, lru_add_drain_all, put_page, putback_lru_page
 from mm.swapops import (
+    SWP_SOFT_DIRTY,
+    is_device_exclusive_entry,
     is_device_private_entry,
     is_write_device_private_entry,
+    make_device_exclusive_entry,
     make_device_private_entry,
     swp_offset,
 )
-from mm.types import Vma
+from mm.types import VM_EXEC, VM_READ, VM_WRITE, Vma, vm_get_page_prot
 from mm.typing import Addresses, Pfns, Ptes
 
 SOMEBODY_ELSE = 60_000  # number of a thread that does not run
@@ -83,8 +92,8 @@ class World:
     def pfns(self) -> Pfns:
         """PFN of each page, wherever it is; -1 where there is none."""
         ptes = self.ptes()
-        device = np.where(is_device_private_entry(ptes), swp_offset(ptes), -1)
-        return np.where(pte_present(ptes), pte_pfn(ptes), device)
+        away = is_device_private_entry(ptes) | is_device_exclusive_entry(ptes)
+        return np.where(pte_present(ptes), pte_pfn(ptes), np.where(away, swp_offset(ptes), -1))
 
     def on_device(self) -> list[bool]:
         """Which pages are in device memory."""
@@ -150,10 +159,57 @@ class World:
         """Take the right to store away from the entries of *pages*, as fork does."""
 
         def readonly(ptes: Ptes) -> Ptes:
-            private = make_device_private_entry(swp_offset(ptes), np.zeros(ptes.size, np.bool_))
-            return np.where(is_device_private_entry(ptes), private, ptes & ~_PAGE_RW)
+            kinds = (
+                (is_device_private_entry, make_device_private_entry),
+                (is_device_exclusive_entry, make_device_exclusive_entry),
+            )
+            found = np.where(pte_present(ptes), ptes & ~_PAGE_RW, ptes)
+            for is_entry, make_entry in kinds:
+                entries = make_entry(swp_offset(ptes), np.zeros(ptes.size, np.bool_))
+                found = np.where(is_entry(ptes), entries | (ptes & SWP_SOFT_DIRTY), found)
+            return found
 
         self.rewrite(pages, readonly)
+
+    def protect(self, prot: str) -> None:
+        """Give the whole range other rights, as mprotect does."""
+        vma = self.vma
+        vma.vm_flags &= ~(VM_READ | VM_WRITE | VM_EXEC)
+        for letter in prot:
+            vma.vm_flags |= {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}[letter]
+        vma.vm_page_prot = vm_get_page_prot(vma.vm_flags)
+        self.write_protect(*range(self.pages))
+        kept = PTE_PFN_MASK | _PAGE_SPECIAL | _PAGE_DEVMAP | _PAGE_DIRTY | _PAGE_SOFT_DIRTY
+        self.rewrite(
+            range(self.pages),
+            lambda ptes: np.where(pte_present(ptes), ptes & kept | vma.vm_page_prot, ptes),
+        )
+
+    def fork(self, *pages: int) -> Process:
+        """A second process that maps *pages* too, read-only as in the first; what fork leaves."""
+        mem, child = self.machine.mem, self.machine.spawn("child")
+        child.mmap(self.nbytes, addr=self.addr)
+        vma = child.find_vma(self.addr)
+        assert vma is not None
+        anon_vma_clone(vma, self.vma)
+        self.write_protect(*pages)
+        which = list(pages)
+        shared = self.pfns()[which]
+        mem.tables.entries[pte_offset_alloc(child.mm, self.addrs[which])] = self.ptes()[which]
+        get_page(mem, shared)
+        page_add_anon_rmap(vma, shared)
+        mem.flags[shared] &= ~PG_anon_exclusive
+        child.mm.anon_rss += shared.size
+        return child
+
+    def make_exclusive(self, *pages: int) -> Pfns:
+        """Let a device take *pages* for itself; those that it got, -1 for the others."""
+        mem = self.machine.mem
+        with running(self.process), self.process.mm.mmap_sem.read():
+            pfns = make_device_exclusive_range(self.process.mm, self.addrs[list(pages)], None)
+        unlock_page(mem, pfns[pfns >= 0])
+        put_page(mem, pfns[pfns >= 0])
+        return pfns
 
     def clear_refs(self, *pages: int) -> None:
         """Forget of *pages* that the CPU has used and changed them."""
@@ -183,6 +239,7 @@ class World:
         self.machine.verify()
         assert self.free_at_boot == self.machine.nr_free_pages
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
+        assert 0 == self.machine.mem.swap.inuse_pages
         assert {} == self.machine.mem.anon_vmas
 
 

@@ -32,7 +32,7 @@ CPU_WROTE = 0xEE  # a store that races with the migration
 class Spot:
     """One page of the range: what it is, what happens to it, what the driver answers for it."""
 
-    home: str = "system"  # hole, zero, system, mine (the device's own), theirs (another's)
+    home: str = "system"  # hole, zero, system, exclusive, mine (the device's own), theirs
     cpu: int = 0  # that touched it, in whose pagevec it may wait
     readonly: bool = False  # its entry, in a writable VMA
     clean: bool = False  # its entry has lost dirty and soft-dirty bits
@@ -46,7 +46,7 @@ class Spot:
 
 SPOTS = st.builds(
     Spot,
-    home=st.sampled_from(["hole", "zero", "system", "system", "system", "mine", "theirs"]),
+    home=st.sampled_from(["hole", "zero", *["system"] * 3, "exclusive", "mine", "theirs"]),
     cpu=st.integers(0, 1),
     readonly=st.booleans(),
     clean=st.booleans(),
@@ -145,6 +145,8 @@ class Scene:
             if spot.home in ("mine", "theirs"):
                 device = self.mine if spot.home == "mine" else self.theirs
                 device.to_device(world.process, at, PAGE_SIZE)
+            elif spot.home == "exclusive":
+                world.make_exclusive(case.margin + page)
             elif spot.home == "system" and spot.isolated:
                 world.isolate(case.margin + page)
         world.process.cpu = 0

@@ -11,12 +11,25 @@ from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.mmzone import Lru
-from mm.page_flags import PG_active, PG_dirty, PG_locked, PG_lru, PG_reserved, PG_swapbacked
+from mm.page_flags import (
+    PG_active,
+    PG_anon_exclusive,
+    PG_dirty,
+    PG_locked,
+    PG_lru,
+    PG_reserved,
+    PG_swapcache,
+)
 from mm.pgtable import _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
 from mm.rmap import anon_vma_prepare
 from mm.swap import lru_add_drain_all
-from mm.swapops import make_device_private_entry, make_migration_entry, swp_entry
-from mm.types import COLUMNS, Vma, page_anon
+from mm.swapops import (
+    make_device_exclusive_entry,
+    make_device_private_entry,
+    make_migration_entry,
+    swp_entry,
+)
+from mm.types import COLUMNS, VM_WRITE, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
 from tests.hmm.watch import Watch
 from tests.world import mapped_range
@@ -126,7 +139,7 @@ class TestColumns:
         with spoiled(world.machine.mem.refcount, pfn, 9):
             (line,) = complaints(world.machine)
 
-        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs and pins" == line
+        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and swap cache" == line
 
     def test_many_pages(self, world):
         """Four are named, the others counted."""
@@ -157,7 +170,7 @@ class TestFlags:
             ("zero page", PG_reserved, "flags", "reserved is for device and zero page"),
             ("device", PG_reserved, "flags", "reserved is for device and zero page"),
             ("device", PG_lru, "flags", "device memory on an LRU list"),
-            ("mapped", PG_swapbacked, "flags", "anonymous but not swapbacked"),
+            ("mapped", PG_swapcache, "private", "no such slot"),
             ("mapped", PG_lru, "flags", "mapped, but on no LRU list nor on its way"),
             ("free", PG_dirty, "flags", "not 0 on a free page"),
         ],
@@ -170,6 +183,21 @@ class TestFlags:
             lines = complaints(world.machine)
 
         assert f"{column}: page {pfn:#x}: {rule}" in lines
+
+    def test_page_of_two_that_is_said_to_be_of_one(self, world):
+        """A store would go to the page of both."""
+        world.fork(0)
+        flags, pfn = world.machine.mem.flags, page_of(world, "mapped")
+
+        with spoiled(flags, pfn, flags[pfn] | PG_anon_exclusive):
+            assert [f"flags: page {pfn:#x}: shared, yet exclusive"] == complaints(world.machine)
+
+    def test_pinned_page_that_may_be_shared(self, world):
+        """A store of the process would leave the device with the old bytes."""
+        pin, flags = world.pin(page=0), world.machine.mem.flags
+
+        with spoiled(flags, pin.pfns[0], flags[pin.pfns[0]] & ~PG_anon_exclusive):
+            assert "pinned, yet not the process's own" in complaints(world.machine)[0]
 
     def test_wrong_list(self, world):
         """A page that is active by its flags is not on the inactive list."""
@@ -229,7 +257,7 @@ class TestLists:
             lines = complaints(world.machine)
 
         pfn = world.pfns().item(1)
-        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs and pins" in lines
+        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and swap cache" in lines
         assert f"flags: page {pfn:#x}: mapped, but on no LRU list nor on its way" in lines
 
     def test_list_that_lost_a_page(self, world):
@@ -309,6 +337,30 @@ class TestEntries:
         found = entry_complaints(world, 0, make_device_private_entry(world.pfns()[:1], WRITABLE))
 
         assert "entry and kind of memory do not agree" in found
+
+    def test_exclusive_entry_that_nobody_counted(self, world):
+        """It is a reference to its page, and part of the process, but no mapping."""
+        found = entry_complaints(world, 3, make_device_exclusive_entry(world.pfns()[:1], WRITABLE))
+
+        for what in ("refcount:", "anon_rss: train says 3, its page tables hold 4"):
+            assert what in found
+        assert f"index: page {world.pfns()[0]:#x}: not its offset in" in found
+        assert "mapcount:" not in found
+
+    def test_exclusive_entry_for_private_memory(self, world):
+        """What a device has for itself is in reach of a CPU that takes it back."""
+        found = entry_complaints(world, 2, make_device_exclusive_entry(world.pfns()[2:3], WRITABLE))
+
+        assert "entry and kind of memory do not agree" in found
+
+    def test_writable_exclusive_entry_of_a_read_only_area(self, world):
+        """It gives no right that the area does not give."""
+        world.make_exclusive(0)
+
+        with spoiled_attribute(world.vma, "vm_flags", world.vma.vm_flags & ~VM_WRITE):
+            found = " ".join(complaints(world.machine))
+
+        assert f"page table: page {world.addr:#x}" in found
 
     def test_migration_entry_without_a_lock(self, world):
         """Who migrates a page has it locked."""

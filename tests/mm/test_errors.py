@@ -18,6 +18,7 @@ class TestErrno:
             (mm.OutOfRange, errno.ERANGE),
             (mm.PermissionDenied, errno.EPERM),
             (mm.Busy, errno.EBUSY),
+            (mm.InputOutputError, errno.EIO),
             (mm.Deadlock, errno.EDEADLK),
         ],
     )

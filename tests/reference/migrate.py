@@ -35,7 +35,7 @@ def migrate_vma_collect(before: State) -> State:
 
 def _selected(state: State, entry: Entry) -> bool:
     if entry.kind not in ("present", "device"):
-        return False  # already moving, or lost
+        return False  # already moving, with a device, or lost
     page = state.pages[entry.pfn]
     if page.on_device:
         chosen = "DEVICE_PRIVATE" in state.select and state.owner in (None, page.zone)

@@ -27,6 +27,8 @@ FLAGS = {
     20: "mlocked",
 }
 SWAP_TYPES = {  # type of an entry that is not present: (kind, writable)
+    25: ("exclusive", True),
+    26: ("exclusive", False),
     27: ("poison", False),
     28: ("migration", False),
     29: ("migration", True),
@@ -37,7 +39,7 @@ SWAP_TYPES = {  # type of an entry that is not present: (kind, writable)
 
 @dataclass
 class Entry:
-    """A page-table entry. kind: none, zero, present, device, migration or poison."""
+    """A page-table entry. kind: none, zero, present, device, exclusive, migration or poison."""
 
     kind: str
     pfn: int = 0
