@@ -94,6 +94,18 @@ class WouldBlock(MmError):
     code = errno.EAGAIN
 
 
+class Misplaced(MmError):
+    """EIO: a page is on a node where the policy does not want it."""
+
+    code = errno.EIO
+
+
+class NoSuchNode(MmError):
+    """ENODEV: a page shall go to a node that the machine does not have."""
+
+    code = errno.ENODEV
+
+
 class Deadlock(MmError):
     """EDEADLK: a thread would wait for something that it holds itself."""
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import partial
 from typing import Final
 
 from mm.errors import InvalidArgument, InvalidRange, OutOfMemory
-from mm.memory import zap_page_range
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_release
+from mm.memory import zap_pte_range
+from mm.mmu_notifier import (
+    ULONG_MAX,
+    MmuNotifyEvent,
+    call_each,
+    mmu_notifier_range,
+    mmu_notifier_release,
+)
 from mm.pagewalk import free_pgtables
 from mm.rmap import unlink_anon_vmas
 from mm.trace import TracePoint
@@ -152,8 +159,14 @@ def do_munmap(mm: MmStruct, start: int, length: int) -> None:
 
 
 def _remove_vma(mm: MmStruct, vma: Vma) -> None:
-    """Linux: unmap_region() and remove_vma(), mm/mmap.c."""
-    zap_page_range(vma, vma.vm_start, vma.vm_end, MmuNotifyEvent.UNMAP)
+    """Linux: unmap_region(), mm/mmap.c."""
+    with mmu_notifier_range(mm, vma.vm_start, vma.vm_end, MmuNotifyEvent.UNMAP):
+        _unmap_vma(mm, vma)
+
+
+def _unmap_vma(mm: MmStruct, vma: Vma) -> None:
+    """Linux: unmap_vmas(), mm/memory.c, and remove_vma(), mm/mmap.c."""
+    zap_pte_range(vma, vma.vm_start, vma.vm_end)
     unlink_anon_vmas(vma)
     mm.vmas.remove(vma)
     vm_stat_account(mm, vma.vm_flags, -vma_pages(vma))
@@ -164,13 +177,25 @@ def _remove_vma(mm: MmStruct, vma: Vma) -> None:
 def exit_mmap(mm: MmStruct) -> None:
     """Take a whole address space down. The caller holds mmap_sem for write.
 
-    Whoever comes too late finds the empty table where the top of this one was.
+    Whoever comes too late finds the empty table where the top of this one was. A listener that
+    raises keeps nothing alive; what it raised is raised at the end.
     Linux: exit_mmap(), mm/mmap.c.
     """
     mm.exited = True
-    mmu_notifier_release(mm)
+    everything = mmu_notifier_range(mm, 0, ULONG_MAX, MmuNotifyEvent.UNMAP)
+    call_each(
+        (
+            partial(mmu_notifier_release, mm),
+            everything.__enter__,
+            partial(_unmap_all, mm),
+            everything.__exit__,
+        )
+    )
+
+
+def _unmap_all(mm: MmStruct) -> None:
     for vma in tuple(mm.vmas):
-        _remove_vma(mm, vma)
+        _unmap_vma(mm, vma)
     with mm.page_table_lock:
         pgd, mm.pgd = mm.pgd, 0
         mm.mem.tables.release(pages(pgd))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mm.array import ProcessArray
-from mm.errors import InputOutputError, InvalidArgument, InvalidRange
+from mm.errors import InputOutputError, InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
 from mm.gup import (
     FOLL_FORCE,
     FOLL_LONGTERM,
@@ -19,13 +22,18 @@ from mm.gup import (
     pin_user_pages,
 )
 from mm.madvise import do_madvise
+from mm.mbind import do_mbind, do_set_mempolicy, kernel_migrate_pages
 from mm.memparse import Size, memparse
+from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
+from mm.migrate import Errnos
 from mm.mincore import do_mincore
 from mm.mlock import do_mlock, do_munlock
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
 from mm.mprotect import do_mprotect
 from mm.mremap import Mremap, do_mremap
+from mm.numa import kernel_move_pages
 from mm.sched import Task, running
+from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
     VM_EXEC,
     VM_LOCKED,
@@ -40,7 +48,7 @@ from mm.types import (
     MmStruct,
     Vma,
 )
-from mm.typing import Mask, Payload
+from mm.typing import Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
@@ -51,6 +59,8 @@ _MAP: Final = {
     "locked": VM_LOCKED,
     "noreserve": VM_NORESERVE,
 }
+_MOVE: Final = {"move": MPOL_MF_MOVE, "moveall": MPOL_MF_MOVE_ALL}
+_BIND: Final = {**_MOVE, "strict": MPOL_MF_STRICT}
 _MREMAP: Final = {flag.name.lower(): flag for flag in Mremap if flag.name}
 
 
@@ -277,6 +287,76 @@ class Process(Task):
         with running(self):
             return hold(self._alive(), addr, size, flags)
 
+    def set_mempolicy(self, mode: str, nodes: Sequence[int] = ()) -> None:
+        """From now on take new pages from *nodes* in the way of *mode*.
+
+        *mode*: "default" (the node of the CPU, then the nearest), "local" (the same, said aloud),
+        "preferred" (the first of *nodes*, then the nearest), "bind" (*nodes* and no others) or
+        "interleave" (one after the other). Raises InvalidArgument. Linux: set_mempolicy(2).
+        """
+        do_set_mempolicy(self._alive().mem, self, mode, nodes)
+
+    def mbind(
+        self, addr: int, length: Size, mode: str, nodes: Sequence[int] = (), flags: str = ""
+    ) -> None:
+        """Give a range a policy of its own, as set_mempolicy() has them.
+
+        *flags*, with bars between them: "move" pages that are elsewhere and that only this process
+        maps, "moveall" those of others too; "strict": raise Misplaced where one stays elsewhere.
+        Raises InvalidArgument, SegmentationFault. Linux: mbind(2).
+        """
+        mm, word = self._alive(), _flag_word("mbind", flags, _BIND)
+        with running(self):
+            do_mbind(mm, addr, memparse(length), mode, nodes, word)
+
+    def move_pages(
+        self, addrs: ArrayLike, nodes: ArrayLike | None = None, flags: str = "move"
+    ) -> Errnos:
+        """Move the page at each of *addrs* to its node, or without *nodes* ask where it is.
+
+        *nodes*: one for each of *addrs*, or one for all. *flags*: "move" pages that only this
+        process maps, or "moveall". Returns int32[n]: the node where the page is, or a negative
+        errno: -ENOENT not present, or in device memory; -EFAULT nothing is mapped, or only the
+        zero page; -EACCES others map it; -EBUSY, -EAGAIN it, or one of the pages that were to
+        move with it or before, could not be moved: ask where it is.
+        Raises InvalidArgument; NoSuchNode and OutOfMemory where pages up to there have moved.
+        Linux: move_pages(2).
+        """
+        mm, word = self._alive(), _flag_word("move_pages", flags, _MOVE)
+        where = np.asarray(addrs, dtype=np.int64).reshape(-1)
+        to = None if nodes is None else np.broadcast_to(np.asarray(nodes), where.shape)
+        with running(self):
+            error, status = kernel_move_pages(mm, where, to, word)
+        if error == -errno.ENODEV:
+            raise NoSuchNode(
+                f"move_pages: nodes {to}: the machine has 0..{len(mm.mem.nodes) - 1}; pages before "
+                f"the first of the others have been moved"
+            )
+        if error == -errno.ENOMEM:
+            raise OutOfMemory(f"move_pages: a node has no room left for what shall go there: {to}")
+        return status
+
+    def migrate_pages(self, from_nodes: Sequence[int], to_nodes: Sequence[int]) -> int:
+        """Move all pages on *from_nodes* to *to_nodes*, the first to the first and so on.
+
+        Returns how many could not be moved. Raises InvalidArgument, OutOfMemory.
+        Linux: migrate_pages(2).
+        """
+        with running(self):
+            return kernel_migrate_pages(self._alive(), from_nodes, to_nodes)
+
+    def pagemap(self, addr: int, npages: int) -> Ptes:
+        """/proc/self/pagemap: a word for each page from *addr* on, uint64[npages]."""
+        return pagemap(self._alive(), addr, npages)
+
+    def smaps(self) -> list[MemSizeStats]:
+        """/proc/self/smaps: how much of each VMA is where."""
+        return smaps(self._alive())
+
+    def clear_refs(self, what: int) -> None:
+        """Write *what* to /proc/self/clear_refs: 4 lets stores be seen by soft-dirty bits."""
+        clear_refs(self._alive(), what)
+
     def _alive(self) -> MmStruct:
         if self.mm.exited:
             raise InvalidArgument(f"process {self.name} has exited")
@@ -287,3 +367,11 @@ class Process(Task):
             raise InvalidRange(
                 f"{call}: [{addr:#x}, {addr + nbytes:#x}) is not inside [0, {TASK_SIZE_MAX:#x})"
             )
+
+
+def _flag_word(call: str, flags: str, names: Mapping[str, int]) -> int:
+    """The bits that *flags*, words between bars, stand for."""
+    words = set(flags.split("|")) - {""}
+    if words - names.keys():
+        raise InvalidArgument(f"{call}: flags {flags!r} are not among {'|'.join(names)}")
+    return sum(names[word] for word in words)

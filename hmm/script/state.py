@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from typing import Final
 
 import numpy as np
 
-from hmm.script.actor import Actor, Answer, Pages, Refused, operation
-from hmm.script.answers import MAX_SHOWN, runs
+from hmm.dmirror_device import DmirrorChunk
+from hmm.script.actor import COUNTED, MAX_PAGES, STRIDE, Actor, Pages
+from hmm.script.answers import MAX_SHOWN, runs, status_name
+from hmm.script.operations import Answer, Refused, operation
+from mm.numa import do_pages_stat
 from mm.page_flags import (
     PG_anon_exclusive,
     PG_locked,
@@ -40,10 +42,26 @@ from mm.task_mmu import (
     pagemap,
 )
 from mm.types import PAGE_MAPPING_ANON, MemMap, page_anon
-from mm.typing import Pfns, Ptes, Word, number
+from mm.typing import PAGE_SHIFT, Pfns, Ptes, Word, number
 from mm.vectors import has, some
 
-MAX_PAGES: Final = 4096
+# Counters that `vmstat` shows besides those that every answer does.
+_MORE: Final = (
+    "thp_zero_page_alloc",
+    "unevictable_pgs_mlocked",
+    "unevictable_pgs_munlocked",
+    "pgfault",
+    "pgmajfault",
+    "pgalloc_dma",
+    "pgalloc_dma32",
+    "pgalloc_normal",
+    "pgalloc_movable",
+    "pgfree",
+    "numa_hit",
+    "numa_miss",
+    "compact_stall",
+    "pgscan_direct",
+)
 _TYPES: Final = number((1 << MAX_SWAPFILES_SHIFT) - 1)
 _SWAP_LETTERS: Final = {
     SWP_MIGRATION_READ: "M",
@@ -133,7 +151,7 @@ class View:
     def _detail(self, pfn: int) -> str:
         mem = self.mem
         pgmap = mem.pagemap_of(pfn)
-        device = -1 if pgmap is None else getattr(pgmap, "number", 0)
+        device = pgmap.device.number if isinstance(pgmap, DmirrorChunk) else -1
         flags = mem.flags.item(pfn)
         letters = (
             ("A", mem.mapping.item(pfn) & PAGE_MAPPING_ANON),
@@ -175,21 +193,50 @@ def _state(actor: Actor, pages: Pages, known: dict[tuple[int, int], int]) -> Ans
     answer["mc"] = runs(view.mapcounts())
     answer["kf"] = runs(view.flags())
     answer["pg"] = runs(view.details())
-    answer["node"] = runs(map(status_name, page_status(actor, view, pages)))
+    status = do_pages_stat(mm, np.array(pages.addrs, dtype=np.int64))
+    answer["node"] = runs(map(status_name, status.tolist()))
     return answer
 
 
-def page_status(actor: Actor, view: View, pages: Pages) -> list[int]:
-    """The node that each page is on, or an errno. Linux: do_pages_stat(), mm/migrate.c."""
-    mem = view.mem
-    nodes = mem.page_to_nid(np.where(view.system, view.pfns, 0)).astype(np.int64)
-    status = np.where(view.system, nodes, np.where(view.zero, -errno.EFAULT, -errno.ENOENT))
-    for i, addr in enumerate(pages.addrs):
-        if actor.process.find_vma(addr) is None:
-            status[i] = -errno.EFAULT
-    return status.tolist()
+_SMAPS: Final = {
+    "Rss": ("resident",),
+    "Pss": ("pss",),
+    "Shared": ("shared_clean", "shared_dirty"),
+    "Private": ("private_clean", "private_dirty"),
+    "Anonymous": ("anonymous",),
+    "LazyFree": ("lazyfree",),
+    "Swap": ("swap",),
+    "Locked": ("pss_locked",),
+}
 
 
-def status_name(status: int) -> int | str:
-    """A node as it is, an errno by its name."""
-    return status if status >= 0 else errno.errorcode[-status]
+@operation("smaps NAME", counted=False)
+def smaps(actor: Actor, name: str) -> Answer:
+    """The VMAs of a region in /proc/self/smaps; what is not 0, in KiB."""
+    region = actor.pages(name).region
+    end = region.addr + (region.npages << PAGE_SHIFT)
+    vmas = []
+    for mss in actor.process.smaps():
+        if region.addr - STRIDE // 4 <= mss.start < end:
+            first, npages = mss.start - region.addr, mss.end - mss.start
+            vma = {"f": first >> PAGE_SHIFT, "n": npages >> PAGE_SHIFT, "prot": mss.perms}
+            sizes = {key: sum(getattr(mss, f) for f in fields) for key, fields in _SMAPS.items()}
+            vma |= {key: size >> 10 for key, size in sizes.items() if size >> 10}
+            vmas.append(vma | {"vmflags": mss.vmflags})
+    return {"ret": 0, "vmas": vmas}
+
+
+@operation("vmstat", counted=False)
+def vmstat(actor: Actor) -> Answer:
+    """What has changed in /proc/vmstat since the last time."""
+    host, counts = actor.host, actor.host.machine.vmstat
+    changed = {key: n - host.vmstat[key] for key, n in counts.items() if n != host.vmstat[key]}
+    host.vmstat = dict(counts)
+    return {"ret": 0, "d": {key: changed[key] for key in (*COUNTED, *_MORE) if key in changed}}
+
+
+@operation("clear_refs REFS")
+def clear_refs(actor: Actor, what: str) -> Answer:
+    """Write to /proc/self/clear_refs: 4 forgets what is soft-dirty."""
+    actor.process.clear_refs(int(what) if what.isdecimal() else 0)
+    return {"ret": 0}
