@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
-from mm.mempolicy import alloc_pages_vma
 
 from hmm.migrate import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
 from hmm.migrate_device import (
@@ -35,6 +34,7 @@ from mm.filemap import lock_new_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import copy_highpages, reserve_payload
 from mm.machine import Machine
+from mm.mempolicy import alloc_pages_vma
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.mmzone import PageStack, Zone
 from mm.page_alloc import alloc_pages_bulk

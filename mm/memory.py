@@ -258,7 +258,7 @@ def wp_page_copy(
             _map_new_pages(vma, addrs[near][same], at[near][same], used, entries[near][same])
             replaced = old[near][same & ~zero[near]]
             mm.anon_rss += int(np.count_nonzero(same & zero[near]))
-            page_remove_rmap(mem, replaced)
+            page_remove_rmap(vma, replaced)
         put_page(mem, replaced, cpu)
         put_page(mem, new[near][~same], cpu)
         lru_cache_add_active(mem, used, cpu)
@@ -317,18 +317,19 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
     return faults
 
 
-def zap_pte_range(mm: MmStruct, start: int, end: int) -> None:
-    """Take every mapping in [*start*, *end*) away and drop its reference.
+def zap_pte_range(vma: Vma, start: int, end: int) -> None:
+    """Take every mapping in [*start*, *end*) of *vma* away and drop its reference.
 
     The caller has told the notifiers. Linux: zap_pte_range(), mm/memory.c.
     """
+    mm = vma.vm_mm
     for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
         with mm.page_table_lock:
-            gone = _zap_run(mm, run)
+            gone = _zap_run(vma, run)
         put_page(mm.mem, gone)
 
 
-def _zap_run(mm: MmStruct, run: Run) -> Pfns:
+def _zap_run(vma: Vma, run: Run) -> Pfns:
     """Empty the entries of *run*; the pages that lose a reference by it."""
     ptes = run.ptes
     mapped = pte_present(ptes) & ~pte_special(ptes)
@@ -337,13 +338,16 @@ def _zap_run(mm: MmStruct, run: Run) -> Pfns:
     exclusive = swp_offset(ptes[is_device_exclusive_entry(ptes)])
     pfns = np.concatenate((pte_pfn(ptes[mapped]), swp_offset(ptes[private])))
     ptes[:] = 0
-    page_remove_rmap(mm.mem, pfns)
+    page_remove_rmap(vma, pfns)
     gone = np.concatenate((pfns, exclusive))  # which are not mapped, and yet referenced
-    mm.anon_rss -= gone.size + int(np.count_nonzero(moving))
+    vma.vm_mm.anon_rss -= gone.size + int(np.count_nonzero(moving))
     return gone
 
 
-def zap_page_range(mm: MmStruct, start: int, end: int, event: MmuNotifyEvent) -> None:
-    """Unmap [*start*, *end*) and let *event* be known. Linux: zap_page_range(), mm/memory.c."""
-    with mmu_notifier_range(mm, start, end, event):
-        zap_pte_range(mm, start, end)
+def zap_page_range(vma: Vma, start: int, end: int, event: MmuNotifyEvent) -> None:
+    """Unmap [*start*, *end*) of *vma* and let *event* be known.
+
+    Linux: zap_page_range(), mm/memory.c.
+    """
+    with mmu_notifier_range(vma.vm_mm, start, end, event):
+        zap_pte_range(vma, start, end)

@@ -31,6 +31,10 @@ from mm.vectors import distinct, places
 
 MAX_NUMNODES: Final = 1 << 10  # numbers that a node may have, whether it is there or not
 
+MPOL_MF_STRICT: Final = 1  # a page that is and stays on another node is an error
+MPOL_MF_MOVE: Final = 2  # move pages that only this process maps
+MPOL_MF_MOVE_ALL: Final = 4  # move pages that others map too
+
 
 class Mpol(IntEnum):
     """How a policy chooses. Linux: MPOL_*, include/uapi/linux/mempolicy.h."""

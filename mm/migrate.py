@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait_on_page_locked
+from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.highmem import copy_highpages
 from mm.locking import cond_resched, preempt
+from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
@@ -42,7 +44,7 @@ Errnos: TypeAlias = NDArray[np.int32]  # for each page 0, or a negative errno
 # Gives a frame for each page that is to move; for the first of them only, where memory is short.
 NewPages: TypeAlias = Callable[[Pfns], Pfns]
 
-NR_MAX_BATCHED_MIGRATION: Final = 512  # pages that are on their way at the same time
+NR_MAX_BATCHED_MIGRATION: Final = 1 << 13  # pages on their way at a time; 512 since v6.3
 NR_MAX_MIGRATE_PAGES_RETRY: Final = 10
 NR_MAX_MIGRATE_ASYNC_RETRY: Final = 3  # of them, that pass over a locked page
 
@@ -119,6 +121,16 @@ def migrate_page_add(mem: MemMap, pfns: Pfns) -> Mask:
     isolated = isolate_lru_page(mem, pfns)
     mem.vmstat.add("nr_isolated_anon", int(np.count_nonzero(isolated)))
     return isolated
+
+
+def alloc_migration_target(mem: MemMap, nid: int) -> NewPages:
+    """Frames of *nid* and no other node. Linux: alloc_migration_target(), mm/migrate.c, v5.9."""
+
+    def get_new_pages(pfns: Pfns) -> Pfns:
+        gfp = GFP_HIGHUSER_MOVABLE | Gfp.THISNODE
+        return alloc_pages_bulk(mem, gfp, nid, pfns.size, current_task().cpu)
+
+    return get_new_pages
 
 
 def putback_movable_pages(mem: MemMap, pfns: Pfns) -> None:

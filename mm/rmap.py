@@ -44,6 +44,9 @@ from mm.swapops import (
 )
 from mm.types import (
     PAGE_MAPPING_ANON,
+    VM_ACCESS_FLAGS,
+    VM_LOCKED,
+    VM_SOFTDIRTY,
     VM_WRITE,
     AnonVma,
     MemMap,
@@ -52,12 +55,14 @@ from mm.types import (
     vma_pages,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, number, word
+from mm.unevictable import mlock_new_page, mlock_vma_page, munlock_vma_page
 from mm.vectors import add_at, distinct, every, places, rows, some, stretches
 
 _ONE: Final = np.array(1, dtype=np.int32)
 _NEW_ANON: Final = word(PG_swapbacked | PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _SHIFT: Final = number(PAGE_SHIFT)
+_MAY_CHANGE: Final = VM_ACCESS_FLAGS | VM_SOFTDIRTY  # and neighbours still share an anon_vma
 
 
 def anon_vma_prepare(vma: Vma) -> AnonVma:
@@ -93,7 +98,7 @@ def _mergeable_anon_vma(vma: Vma) -> AnonVma | None:
             near.anon_vma is not None
             and len(near.anon_vma_chain) == 1
             and before.vm_end == after.vm_start
-            and not (before.vm_flags ^ after.vm_flags) & ~VM_WRITE
+            and not (before.vm_flags ^ after.vm_flags) & ~_MAY_CHANGE
             and before.vm_file is after.vm_file
             and before.vm_policy == after.vm_policy
             and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
@@ -135,18 +140,29 @@ def page_add_new_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses) -> None:
     mem.mapping[pfns] = (vma.anon_vma.number << 2) | PAGE_MAPPING_ANON
     mem.index[pfns] = linear_page_index(vma, addrs)
     mem.vmstat.add("nr_anon_pages", pfns.size)
+    if vma.vm_flags & VM_LOCKED:
+        mlock_new_page(mem, pfns[~mem.is_zone_device_page(pfns)])
 
 
-def page_add_anon_rmap(mem: MemMap, pfns: Pfns) -> None:
-    """One more mapping of each of *pfns*, which may repeat. Linux: page_add_anon_rmap()."""
+def page_add_anon_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One more mapping, by *vma*, of each of *pfns*, which may repeat.
+
+    Linux: page_add_anon_rmap(), mm/rmap.c.
+    """
+    mem = vma.vm_mm.mem
     with mem.locks.atomic:
         before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
         add_at(mem.mapcount, pfns, 1)
     mem.vmstat.add("nr_anon_pages", pfns.size - before)
+    mlock_vma_page(vma, pfns)
 
 
-def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
-    """One mapping less of each of *pfns* (distinct). Linux: page_remove_rmap(), mm/rmap.c."""
+def page_remove_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One mapping, by *vma*, less of each of *pfns* (distinct).
+
+    Linux: page_remove_rmap(), mm/rmap.c; as in v5.18 it knows the VMA, which may be VM_LOCKED.
+    """
+    mem = vma.vm_mm.mem
     with mem.locks.atomic:
         which = rows(pfns)
         left = mem.mapcount[which] - _ONE
@@ -154,6 +170,7 @@ def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
     if some(left < 0):
         raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
     mem.vmstat.add("nr_anon_pages", int(np.count_nonzero(left)) - pfns.size)
+    munlock_vma_page(vma, pfns)
 
 
 class Mapping(NamedTuple):
@@ -191,8 +208,8 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
                     yield Mapping(vma, at, vma.vm_start + (offset[at] << _SHIFT))
 
 
-def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
-    """Unmap locked *pfns* from the entries *ptes* and give the migration entries to store there.
+def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
+    """Unmap locked *pfns* from the entries *ptes* of *vma*; the migration entries to store there.
 
     Called with the page-table lock held. The reference of each mapping passes to the caller.
     Unlike Linux v4.20, the entry's dirty bit goes to the page (6.1 does so): reclaim would take
@@ -200,7 +217,7 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     loses in every process but the one that migrates (gone by 5.14).
     Linux: try_to_unmap_one() with TTU_MIGRATION, mm/rmap.c.
     """
-    present = pte_present(ptes)
+    mem, present = vma.vm_mm.mem, pte_present(ptes)
     if every(present):
         dirty = pte_dirty(ptes)
         if some(dirty):
@@ -212,9 +229,9 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     else:
         entries = np.empty_like(ptes)
         for kind in (present, ~present):
-            entries[kind] = unmap_to_migration_entries(mem, ptes[kind], pfns[kind])
+            entries[kind] = unmap_to_migration_entries(vma, ptes[kind], pfns[kind])
         return entries
-    page_remove_rmap(mem, pfns)
+    page_remove_rmap(vma, pfns)
     return make_migration_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
 
 
@@ -237,7 +254,7 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
                 at, mapped = page_vma_mapped_walk(vma, pfns[pages[run]], near)
                 at, found = at[mapped], pfns[pages[run]][mapped]
                 entries = mem.tables.entries
-                entries[at] = unmap_to_migration_entries(mem, entries[at], found)
+                entries[at] = unmap_to_migration_entries(vma, entries[at], found)
             put_page(mem, found)
 
 
@@ -257,7 +274,7 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
             if replaced.size:
                 get_page(mem, replaced)
                 mem.tables.entries[at] = _mapping_entries(vma, mem.tables.entries[at], replaced)
-                page_add_anon_rmap(mem, replaced)
+                page_add_anon_rmap(vma, replaced)
 
 
 def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:

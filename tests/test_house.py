@@ -15,8 +15,8 @@ MAX_LINES = 520
 OURS = {
     "the rules of docs/data-model.md, checked": {
         "debug": (
-            "verify check_zones check_free_pages check_counts check_flags check_lru check_entries "
-            "check_anon_vmas check_vmas check_tables"
+            "verify check_zones check_free_pages check_counts check_flags check_mlocked check_lru "
+            "check_entries check_anon_vmas check_vmas check_notifiers check_tables"
         ),
     },
     "vectors, where Linux has one page or a loop": {

@@ -197,7 +197,7 @@ class World:
         shared = self.pfns()[which]
         mem.tables.entries[pte_offset_alloc(child.mm, self.addrs[which])] = self.ptes()[which]
         get_page(mem, shared)
-        page_add_anon_rmap(mem, shared)
+        page_add_anon_rmap(vma, shared)
         mem.flags[shared] &= ~PG_anon_exclusive
         child.mm.anon_rss += shared.size
         return child

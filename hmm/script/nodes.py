@@ -11,7 +11,8 @@ from hmm.script.actor import MAX_PAGES, Actor
 from hmm.script.answers import runs, status_name
 from hmm.script.operations import Answer, flags, operation
 from mm.errors import MmError
-from mm.numa import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, kernel_move_pages
+from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL
+from mm.numa import kernel_move_pages
 from mm.typing import PAGE_SIZE
 
 UNSET: Final = 12345  # of a status that the system call left alone

@@ -99,15 +99,18 @@ def migrating(world):
 
 
 class TestAnonVmaPrepare:
-    @pytest.mark.parametrize("prot", ["rw", "r"])
+    @pytest.mark.parametrize("prot", ["rwx", "w"])
     def test_shared_with_a_neighbour(self, prot):
-        """Areas that could merge, but for the right to write, share one."""
-        world = mapped_range(pages=1, addr=PMD_SIZE)
-        below, above = (map_at(world.process, PMD_SIZE + d * PAGE_SIZE, prot) for d in (-1, 1))
+        """Areas that could merge, but for their rights, share one."""
+        world = mapped_range(pages=3, filled=False)
+        for page in (0, 2):
+            world.process.mprotect(world.at(page), PAGE_SIZE, prot)
+        world.process.touch(world.at(1), PAGE_SIZE)
+        below, middle, above = world.process.mm.vmas
 
         shared = {anon_vma_prepare(vma) for vma in (below, above)}
 
-        assert {vma_at(world.process, PMD_SIZE).anon_vma} == shared
+        assert {middle.anon_vma} == shared
 
     def test_own_where_the_neighbour_is_another_kind(self):
         """Code and data do not share."""
@@ -189,11 +192,11 @@ class TestMapcount:
         world = mapped_range(pages=4)
         mem, pfns = world.machine.mem, world.pfns()
 
-        page_add_anon_rmap(mem, np.repeat(pfns, counts))
+        page_add_anon_rmap(world.vma, np.repeat(pfns, counts))
         added = mem.mapcount[pfns].tolist()
         counted = world.machine.vmstat["nr_anon_pages"]
         for _ in range(3):
-            page_remove_rmap(mem, pfns[mem.mapcount[pfns] > 1])
+            page_remove_rmap(world.vma, pfns[mem.mapcount[pfns] > 1])
 
         assert [1 + count for count in counts] == added
         assert 4 == counted == world.machine.vmstat["nr_anon_pages"]
@@ -212,7 +215,7 @@ class TestMapcount:
         zero = mem.zero_pfn
 
         with pytest.raises(KernelBug, match=f"page {zero:#x} is unmapped more often than"):
-            page_remove_rmap(mem, pages(zero))
+            page_remove_rmap(world.vma, pages(zero))
 
         mem.mapcount[zero] = 0
 
