@@ -20,25 +20,39 @@ from mm.page_flags import (
     FLAG_NAMES,
     PG_active,
     PG_anon_exclusive,
+    PG_dirty,
     PG_locked,
     PG_lru,
     PG_mlocked,
     PG_reserved,
     PG_swapbacked,
+    PG_swapcache,
     PG_unevictable,
+    PG_uptodate,
     describe_flags,
 )
 from mm.pagewalk import walk_page_range
-from mm.pgtable import PTRS_PER_PTE, pte_pfn, pte_present, pte_special, pte_write
+from mm.pgtable import (
+    PTRS_PER_PTE,
+    pte_dirty,
+    pte_pfn,
+    pte_present,
+    pte_special,
+    pte_write,
+)
 from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
+from mm.swap_slots import SWAP_HAS_CACHE
 from mm.swapops import (
     is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_swap_entry,
     is_write_device_exclusive_entry,
     is_write_device_private_entry,
+    pte_swp_exclusive,
     swp_offset,
+    swp_type,
 )
 from mm.types import VM_LOCKED, VM_WRITE, MemMap, MmStruct, Vma, vma_pages
 from mm.typing import PAGE_SHIFT, Addresses, Mask, Pfns, Ptes
@@ -67,7 +81,8 @@ class Census(NamedTuple):
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
     waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
-    of VM_LOCKED VMAs that map each; held: references from pagevecs and pins, by PFN.
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins and the swap cache, by
+    PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
@@ -76,6 +91,7 @@ class Census(NamedTuple):
     taken: NDArray[np.int32]
     locked: NDArray[np.int32]
     held: NDArray[np.int32]
+    swapped: NDArray[np.int32]
 
 
 def _take_census(mem: MemMap) -> Census:
@@ -83,6 +99,7 @@ def _take_census(mem: MemMap) -> Census:
     spans = [np.arange(zone.start_pfn, zone.end_pfn) for zone in zones]
     pages = np.sort(np.concatenate(spans))
     mapped, waiting, taken, locked, held = np.zeros((5, mem.limit_pfn), dtype=np.int32)
+    swapped = np.zeros(mem.swap.max, dtype=np.int32)
     one = np.int32(1)
     for mm in mem.mms:
         for vma, _, ptes in _entries(mm):
@@ -95,12 +112,16 @@ def _take_census(mem: MemMap) -> Census:
                 (taken, swp_offset(ptes[is_device_exclusive_entry(ptes)])),
             ):
                 np.add.at(counts, pfns[(pfns >= 0) & (pfns < mem.limit_pfn)], one)
-    for pagevec in mem.pagevecs:
+            slots = swp_offset(ptes[is_swap_entry(ptes)])
+            np.add.at(swapped, slots[slots < mem.swap.max], one)
+    for pagevec in (*mem.pagevecs, *mem.lazyfree_pagevecs):
         np.add.at(held, pagevec.live(), one)
     for pin in mem.pins:
         np.add.at(held, pin.counted(pin.pfns), np.int32(pin.refs))
     held[mem.zero_pfn] += 1
-    return Census(pages, mapped, waiting, taken, locked, held)
+    cached = mem.swap.cache
+    np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
+    return Census(pages, mapped, waiting, taken, locked, held, swapped)
 
 
 def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
@@ -112,12 +133,12 @@ def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
                 yield vma, run.addrs[used], run.ptes[used]
 
 
-def _complain(column: str, pfns: Pfns, wrong: Mask, rule: str) -> Complaints:
-    """One line for the pages that are *wrong*."""
+def _complain(column: str, pfns: Pfns, wrong: Mask, rule: str, what: str = "page") -> Complaints:
+    """One line for the pages, or *what* else they are, that are *wrong*."""
     if wrong.any():
         shown = ", ".join(map(hex, pfns[wrong][:_SHOWN].tolist()))
         more = f" and {int(wrong.sum()) - _SHOWN} more" if wrong.sum() > _SHOWN else ""
-        yield f"{column}: page {shown}{more}: {rule}"
+        yield f"{column}: {what} {shown}{more}: {rule}"
 
 
 def check_zones(mem: MemMap, census: Census) -> Complaints:
@@ -178,7 +199,7 @@ def check_counts(mem: MemMap, census: Census) -> Complaints:
     yield from _complain("mapcount", pages, mapcount != tables, "page tables say otherwise")
     expected = tables + census.taken[pages] + census.held[pages] + mem.is_zone_device_page(pages)
     yield from _complain(
-        "refcount", pages, refcount != expected, "not its mappings, pagevecs and pins"
+        "refcount", pages, refcount != expected, "not its mappings, pagevecs, pins and swap cache"
     )
     unlocked = (mem.flags[pages] & PG_locked) == 0
     yield from _complain(
@@ -208,11 +229,8 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     yield from _complain(
         "flags", pages, device & ((on_list & PG_lru) != 0), "device memory on an LRU list"
     )
-    private = (mem.private[pages] != 0) & ~device
-    yield from _complain("private", pages, private, "only a device's driver has a use for it")
-    swapbacked = (flags & PG_swapbacked) != 0
-    mapped = census.mapped[pages] + census.taken[pages] > 0
-    yield from _complain("flags", pages, mapped & ~swapbacked, "anonymous but not swapbacked")
+    swapbacked, cached = (flags & PG_swapbacked) != 0, (flags & PG_swapcache) != 0
+    yield from _complain("flags", pages, cached & ~swapbacked, "in the swap cache, not swapbacked")
     own = (flags & PG_anon_exclusive) != 0
     shared = census.mapped[pages] + census.taken[pages] > 1
     yield from _complain("flags", pages, own & shared, "shared, yet exclusive")
@@ -268,17 +286,63 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
     yield from _complain("flags", mapped, lost, "mapped, but on no LRU list nor on its way")
 
 
+def check_swap(mem: MemMap, census: Census) -> Complaints:
+    """A slot is held by the entries that name it and by its page in the swap cache."""
+    si, slots = mem.swap, np.arange(1, mem.swap.max)
+    cached = si.cache[slots] > 0
+    expected = census.swapped[slots] + cached * np.int32(SWAP_HAS_CACHE)
+    wrong = si.swap_map[slots] != expected
+    yield from _complain("swap_map", slots, wrong, "not its entries and the swap cache", "slot")
+    used = int(np.count_nonzero(si.swap_map[slots]))
+    if si.inuse_pages != used:
+        yield f"inuse_pages: says {si.inuse_pages}, {used} slots are used"
+    unused = (si.swap_map[slots] == 0) & (si.cache[slots] != 0)
+    yield from _complain(
+        "swap cache", slots, unused, "something of a slot that nobody holds", "slot"
+    )
+
+    pages = census.pages
+    inside = (mem.flags[pages] & PG_swapcache) != 0
+    named = np.where(inside, mem.private[pages], 0)
+    stray = inside & ((named <= 0) | (named >= si.max))
+    yield from _complain("private", pages, stray, "no such slot")
+    yield from _complain("private", pages, ~inside & (mem.private[pages] != 0), "no slot is its")
+    pages, named = pages[inside & ~stray], named[inside & ~stray]
+    yield from _complain("private", pages, si.cache[named] != pages, "the swap cache differs")
+    if not mem.vmstat["nr_swapcached"] == inside.sum() == cached.sum():
+        what = f"{cached.sum()} slots have pages, {inside.sum()} pages have slots"
+        yield f"nr_swapcached: says {mem.vmstat['nr_swapcached']}, {what}"
+    if mem.payload is not None and si.contents is not None:
+        flags = mem.flags[pages]
+        clean = ((flags & PG_uptodate) != 0) & ((flags & (PG_dirty | PG_locked)) == 0)
+        clean &= ~_dirty_in_tables(mem)[pages]
+        clean[clean] = (mem.payload[pages[clean]] != si.contents[named[clean]]).any(axis=1)
+        yield from _complain("contents", pages, clean, "clean, yet its slot holds something else")
+
+
+def _dirty_in_tables(mem: MemMap) -> Mask:
+    """True for pages that some entry says a CPU has stored to, by PFN."""
+    dirty = np.zeros(mem.limit_pfn, dtype=np.bool_)
+    for mm in mem.mms:
+        for _, _, ptes in _entries(mm):
+            dirty[pte_pfn(ptes[pte_present(ptes) & pte_dirty(ptes)])] = True
+    return dirty
+
+
 def check_entries(mem: MemMap, census: Census) -> Complaints:
     """Every entry maps a page that may be there, with rights that the VMA gives."""
     for mm in mem.mms:
-        anon = 0
+        anon = swapents = 0
         for vma, addrs, ptes in _entries(mm):
             present, special = pte_present(ptes), pte_special(ptes)
             private, moving = is_device_private_entry(ptes), is_migration_entry(ptes)
             poisoned, taken = is_hwpoison_entry(ptes), is_device_exclusive_entry(ptes)
+            swapped, slots = is_swap_entry(ptes), swp_offset(ptes)
             anon += int(np.count_nonzero((present & ~special) | private | moving | taken))
-            odd = ~(present | private | moving | poisoned | taken)
+            swapents += int(np.count_nonzero(swapped))
+            odd = ~(present | private | moving | poisoned | taken | swapped)
             odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
+            odd |= swapped & ((swp_type(ptes) != 0) | (slots == 0) | (slots >= mem.swap.max))
             yield from _complain("page table", addrs, odd, f"an entry of no kind in {vma!r}")
             writable = (present & pte_write(ptes)) | is_write_device_private_entry(ptes)
             writable |= is_write_device_exclusive_entry(ptes)
@@ -286,9 +350,14 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
                 yield from _complain("page table", addrs, writable, f"writable in {vma!r}")
             lost = moving & ((swp_offset(ptes) < 0) | (swp_offset(ptes) >= mem.limit_pfn))
             yield from _complain("page table", addrs, lost, f"no such frame in {vma!r}")
+            own = swapped & pte_swp_exclusive(ptes) & ~odd
+            own[own] = census.swapped[slots[own]] != 1
+            yield from _complain("page table", addrs, own, f"others hold the slot too, {vma!r}")
             yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private | taken)
         if anon != mm.anon_rss:
             yield f"anon_rss: {mm.name} says {mm.anon_rss}, its page tables hold {anon}"
+        if swapents != mm.swapents:
+            yield f"swapents: {mm.name} says {mm.swapents}, its page tables hold {swapents}"
 
 
 def _check_owner(
@@ -394,6 +463,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_flags,
     check_mlocked,
     check_lru,
+    check_swap,
     check_entries,
     check_anon_vmas,
     check_vmas,

@@ -29,6 +29,7 @@ from mm.page_flags import (
     PG_dirty,
     PG_referenced,
     PG_swapbacked,
+    PG_swapcache,
     PG_unevictable,
     PG_uptodate,
     PG_workingset,
@@ -36,9 +37,11 @@ from mm.page_flags import (
 from mm.rmap import remove_migration_ptes, try_to_unmap
 from mm.sched import current_task
 from mm.swap import isolate_lru_page, lru_add_drain, put_page, putback_lru_page
+from mm.swap_state import replace_in_swap_cache
+from mm.swapfile import try_to_free_swap
 from mm.types import MemMap
 from mm.typing import Mask, Pfns, word
-from mm.vectors import every, places, rows, some
+from mm.vectors import every, has, places, rows, some
 
 Errnos: TypeAlias = NDArray[np.int32]  # for each page 0, or a negative errno
 # Gives a frame for each page that is to move; for the first of them only, where memory is short.
@@ -65,19 +68,35 @@ _KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
 def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     """Let new[i] belong where old[i] does; 0, or -EAGAIN where somebody else holds old[i].
 
-    All pages are locked and unmapped. The references that may be there: one of the caller's, and
-    the one that every ZONE_DEVICE page has. Linux: migrate_page_move_mapping(), mm/migrate.c.
+    All pages are locked and unmapped. The references that may be there: one of the caller's, the
+    one that every ZONE_DEVICE page has, and that of the swap cache, where new[i] takes the place
+    of old[i] too. Device memory is not in the swap cache: there a page moves once no swap entry
+    needs its slot. Unlike Linux v4.20, which never moves it there (v5.18 does so).
+    Linux: migrate_page_move_mapping(), mm/migrate.c.
     """
     preempt("migrate_page_move_mapping")
     with mem.locks.atomic:
-        expected = 1 + mem.is_zone_device_page(old).view(np.int8)
+        cached = has(mem.flags[rows(old)], PG_swapcache)
+        expected = 1 + mem.is_zone_device_page(old).view(np.int8) + cached.view(np.int8)
         alone = mem.refcount[rows(old)] == expected
+        if some(cached):
+            alone[alone] = _leave_swap_cache(mem, new[alone], old[alone])
         if not every(alone):
             old, new = old[alone], new[alone]
         moved_old, moved_new = rows(old), rows(new)
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
     return ~alone * np.int32(-errno.EAGAIN)
+
+
+def _leave_swap_cache(mem: MemMap, new: Pfns, old: Pfns) -> Mask:
+    """Put *new* in the place of *old* in the swap cache; False for what must stay there."""
+    cached, device = has(mem.flags[old], PG_swapcache), mem.is_zone_device_page(new)
+    leaving = cached & device
+    left = ~leaving
+    left[leaving] = try_to_free_swap(mem, old[leaving])
+    replace_in_swap_cache(mem, new[cached & ~device], old[cached & ~device])
+    return left
 
 
 def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:

@@ -1,6 +1,7 @@
 """Which zone a page comes from, and what it must look like. Linux: mm/page_alloc.c.
 
     allocate  alloc_pages_bulk       the zonelist and its watermarks choose a zone, then
+                make_room            where all are low: kswapd, then direct reclaim
                 rmqueue              takes from the per-CPU list or from the buddy lists
                 prep_new_page        checks that nobody uses what comes out
     free      free_pages_bulk
@@ -40,6 +41,9 @@ from mm.vectors import nr_pieces, pieces
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
+MAX_RECLAIM_RETRIES: Final = 16  # attempts to reclaim, in a row, before reclaim is given up
+WMARK_MIN: Final = 0  # which of a zone's watermarks a request respects
+WMARK_LOW: Final = 1
 PAGE_POISON: Final = 0xAA  # what a freed frame is filled with while debugging
 
 # The members of an IntFlag as plain ints, whose `&` is fifty times as fast.
@@ -100,9 +104,9 @@ def alloc_pages_nodemask(
         raise InvalidArgument(f"there is no node {nid}, only 0..{len(mem.nodes) - 1}")
     zones = zones_allowed(mem, gfp, nid, nodes)
     with mem.locks.atomic:
-        taken = get_page_from_freelist(mem, gfp, order, count, zones, cpu)
+        taken = get_page_from_freelist(mem, gfp, order, count, zones, cpu, WMARK_LOW)
     if taken.size < count and zones:
-        for _ in make_room(mem, gfp, zones[0].nid, count):
+        for _ in make_room(mem, gfp, zones, count - taken.size):
             with mem.locks.atomic:
                 more = get_page_from_freelist(mem, gfp, order, count - taken.size, zones, cpu)
             taken = sorted_pfns(np.concatenate((taken, more)))
@@ -115,22 +119,36 @@ def alloc_pages_nodemask(
     return taken
 
 
-def make_room(mem: MemMap, gfp: int, nid: int, wanted: int) -> Iterator[None]:
+def make_room(mem: MemMap, gfp: int, zones: list[Zone], wanted: int) -> Iterator[None]:
     """What helps an allocation that falls short, one step for each turn.
 
-    Linux: __alloc_pages_direct_reclaim().
+    Linux: wake_all_kswapds() and __alloc_pages_direct_reclaim().
     """
+    nids = list(dict.fromkeys(zone.nid for zone in zones))
+    reclaim, may_wait = mem.nodes[nids[0]].reclaim, gfp & _DIRECT_RECLAIM
+    if may_wait:
+        for kswapd in (mem.nodes[nid].kswapd for nid in nids):
+            if kswapd is not None:
+                kswapd()
+    yield
     drain_all_pages(mem)
     yield
-    reclaim = mem.nodes[nid].reclaim
-    if reclaim is not None and gfp & _DIRECT_RECLAIM:
-        reclaim(gfp, wanted)
-        drain_all_pages(mem)
-        yield
+    if reclaim is not None and may_wait:
+        for _ in range(MAX_RECLAIM_RETRIES):
+            if not reclaim(nids, wanted):
+                return
+            drain_all_pages(mem)
+            yield
 
 
 def get_page_from_freelist(
-    mem: MemMap, gfp: int, order: int, count: int, zones: list[Zone], cpu: int
+    mem: MemMap,
+    gfp: int,
+    order: int,
+    count: int,
+    zones: list[Zone],
+    cpu: int,
+    wmark: int = WMARK_MIN,
 ) -> Pfns:
     """Go down the zonelist, taking from each zone what its watermark leaves; ascending.
 
@@ -138,7 +156,7 @@ def get_page_from_freelist(
     """
     parts = []
     for zone in zones:
-        spare = zone.nr_free - zone_watermark(zone, gfp, zones[0])
+        spare = zone.nr_free - zone_watermark(zone, gfp, zones[0], wmark)
         if spare > 0 and count > 0:
             part = rmqueue(mem, zone, order, count, spare, cpu)
             mem.vmstat.add(f"pgalloc_{zone.name.lower()}", part.size)
@@ -178,16 +196,18 @@ def zones_allowed(mem: MemMap, gfp: int, nid: int, nodes: Nodes = None) -> list[
     return zones
 
 
-def zone_watermark(zone: Zone, gfp: int, first: Zone) -> int:
+def zone_watermark(zone: Zone, gfp: int, first: Zone, wmark: int = WMARK_MIN) -> int:
     """Pages that must stay on the lists of *zone* for a request that could ask *first* first.
 
+    Below the low watermark somebody has to reclaim; below min only *gfp* can go.
     Linux: __zone_watermark_ok().
     """
-    mark = zone.watermark[0]
-    if gfp & _HIGH:
-        mark -= mark // 2
-    if gfp & _ATOMIC:
-        mark -= mark // 4
+    mark = zone.watermark[wmark]
+    if wmark == WMARK_MIN:
+        if gfp & _HIGH:
+            mark -= mark // 2
+        if gfp & _ATOMIC:
+            mark -= mark // 4
     return mark + zone.lowmem_reserve.get(first.name, 0)
 
 

@@ -78,6 +78,11 @@ def pte_dirty(ptes: Ptes) -> Mask:
     return has(ptes, _PAGE_DIRTY)
 
 
+def pte_young(ptes: Ptes) -> Mask:
+    """True where the CPU has used the entry. Linux: pte_young(), asm/pgtable.h."""
+    return has(ptes, _PAGE_ACCESSED)
+
+
 def pte_special(ptes: Ptes) -> Mask:
     """True where no struct page stands behind the frame. Linux: pte_special(), asm/pgtable.h."""
     return has(ptes, _PAGE_SPECIAL)

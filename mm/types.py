@@ -26,6 +26,7 @@ from mm.pgtable import (
     _PAGE_USER,
     TablePool,
 )
+from mm.swap_slots import SwapInfo
 from mm.typing import PAGE_SHIFT, Addresses, Mask, Payload, Pfns, Word, number, word
 from mm.vmstat import VmStat
 
@@ -45,7 +46,7 @@ COLUMNS: Final = (
     Column("mapcount", np.int32, "_mapcount + 1", "page-table entries that map the page"),
     Column("mapping", np.int64, "mapping", "whose it is: anon_vma number << 2 | PAGE_MAPPING_ANON"),
     Column("index", np.int64, "index", "its page offset there: that of the VMAs' vm_pgoff"),
-    Column("private", np.int64, "private", "for its owner to use; 0 while the page is free"),
+    Column("private", np.int64, "private", "slot of a page in the swap cache, else 0"),
     Column("lru_stamp", np.int64, "lru", "its place in the LRU list: higher is younger"),
     Column("mlock_count", np.int32, "mlock_count", "VM_LOCKED mappings counted while unevictable"),
     Column("lock_owner", np.uint16, "(none)", "thread that set PG_locked, 0 where it is clear"),
@@ -109,8 +110,10 @@ class MemMap:
         self.vmstat = VmStat(self.locks)
         self.tables = TablePool(tables, self.vmstat)
         self.pagevecs = [PageStack(32) for _ in range(cpus)]  # pages on their way to the LRU
+        self.lazyfree_pagevecs = [PageStack(32) for _ in range(cpus)]  # that MADV_FREE gave up
         self.cpu_to_node = [0] * cpus  # NUMA node of each CPU
         self.lru_clock = 0  # stamps given out
+        self.swap = SwapInfo(0, self.locks, payload=False)  # the swap area
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)

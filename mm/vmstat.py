@@ -22,6 +22,7 @@ VMSTAT_NAMES: Final = (
     "nr_mlock",  # pages that some VM_LOCKED mapping keeps in memory
     "nr_isolated_anon",  # taken off a list by somebody who moves them
     "nr_anon_pages",  # mapped anonymous pages, device memory included
+    "nr_swapcached",  # pages in the swap cache
     "nr_page_table_pages",
     "nr_foll_pin_acquired",  # pins taken since boot: this one and the next only rise
     "nr_foll_pin_released",
@@ -37,6 +38,17 @@ VMSTAT_NAMES: Final = (
     "pgfree",
     "pgactivate",
     "pgdeactivate",
+    "pglazyfree",  # pages that MADV_FREE gave up
+    "pglazyfreed",  # those of them that reclaim took, contents and all
+    "pgscan_kswapd",  # pages that reclaim looked at
+    "pgscan_direct",
+    "pgsteal_kswapd",  # pages that it took
+    "pgsteal_direct",
+    "pswpin",
+    "pswpout",
+    "workingset_refault",  # pages that came back after reclaim had taken them
+    "workingset_activate",  # those that went to the active list at once
+    "workingset_restore",  # those that had been there before
     "pgfault",
     "pgmajfault",
     "unevictable_pgs_mlocked",  # pages that became PG_mlocked

@@ -16,7 +16,7 @@ OURS = {
     "the rules of docs/data-model.md, checked": {
         "debug": (
             "verify check_zones check_free_pages check_counts check_flags check_mlocked check_lru "
-            "check_entries check_anon_vmas check_vmas check_notifiers check_tables"
+            "check_swap check_entries check_anon_vmas check_vmas check_notifiers check_tables"
         ),
     },
     "vectors, where Linux has one page or a loop": {
@@ -30,7 +30,8 @@ OURS = {
         "typing": "pages word number",
         "uaccess": "access_pages page_range payload_of gather_from_user scatter_to_user",
         "vectors": (
-            "some every has places distinct parted rows add_at joined pieces nr_pieces stretches"
+            "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
+            "stretches"
         ),
     },
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},

@@ -239,6 +239,7 @@ class World:
         self.machine.verify()
         assert self.free_at_boot == self.machine.nr_free_pages
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
+        assert 0 == self.machine.mem.swap.inuse_pages
         assert {} == self.machine.mem.anon_vmas
 
 

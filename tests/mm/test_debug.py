@@ -18,7 +18,7 @@ from mm.page_flags import (
     PG_locked,
     PG_lru,
     PG_reserved,
-    PG_swapbacked,
+    PG_swapcache,
 )
 from mm.pgtable import _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
 from mm.rmap import anon_vma_prepare
@@ -139,7 +139,7 @@ class TestColumns:
         with spoiled(world.machine.mem.refcount, pfn, 9):
             (line,) = complaints(world.machine)
 
-        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs and pins" == line
+        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and swap cache" == line
 
     def test_many_pages(self, world):
         """Four are named, the others counted."""
@@ -170,7 +170,7 @@ class TestFlags:
             ("zero page", PG_reserved, "flags", "reserved is for device and zero page"),
             ("device", PG_reserved, "flags", "reserved is for device and zero page"),
             ("device", PG_lru, "flags", "device memory on an LRU list"),
-            ("mapped", PG_swapbacked, "flags", "anonymous but not swapbacked"),
+            ("mapped", PG_swapcache, "private", "no such slot"),
             ("mapped", PG_lru, "flags", "mapped, but on no LRU list nor on its way"),
             ("free", PG_dirty, "flags", "not 0 on a free page"),
         ],
@@ -257,7 +257,7 @@ class TestLists:
             lines = complaints(world.machine)
 
         pfn = world.pfns().item(1)
-        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs and pins" in lines
+        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and swap cache" in lines
         assert f"flags: page {pfn:#x}: mapped, but on no LRU list nor on its way" in lines
 
     def test_list_that_lost_a_page(self, world):

@@ -12,6 +12,7 @@ from mm.gfp import GFP_ATOMIC, GFP_KERNEL, Gfp
 from mm.mm_init import build_nodes
 from mm.mmzone import DMA32_END, DMA_END, MAX_ORDER
 from mm.page_alloc import (
+    MAX_RECLAIM_RETRIES,
     PCP_BATCH,
     PCP_HIGH,
     alloc_pages,
@@ -359,23 +360,58 @@ class TestAllocPagesBulk:
         assert 15 == alloc_pages_bulk(mem, GFP_KERNEL, 0, 15, cpu=0).size
         assert 5 == alloc_pages_bulk(mem, GFP_KERNEL, 0, 100, cpu=0).size
 
-    def test_reclaim_is_asked_once(self):
-        """Direct reclaim hears what is wanted, and what it frees is taken."""
+    def test_reclaim_is_asked_while_it_helps(self):
+        """Direct reclaim hears what is wanted, and what it frees is taken, as long as it does."""
         mem = memory(4096)
         held = alloc_pages_bulk(mem, GFP_KERNEL, 0, 5000)
-        asked = []
-        mem.nodes[0].reclaim = lambda *args: asked.append(args) or put(mem, held[:60]) or 60
+        asked, yields = [], [held[:60], held[60:70], held[:0]]
+
+        def reclaim(nids, wanted):
+            asked.append((nids, wanted))
+            freed = yields[len(asked) - 1]
+            put(mem, freed)
+            return freed.size
+
+        mem.nodes[0].reclaim = reclaim
 
         got = alloc_pages_bulk(mem, GFP_KERNEL, 0, 100)
 
-        assert [(GFP_KERNEL, 100)] == asked
-        assert 60 == got.size
+        assert [([0], 100)] * 3 == asked
+        assert 70 == got.size
+
+    def test_reclaim_in_vain_is_given_up(self):
+        """Frames that are freed where the request may not look do not keep it busy for ever."""
+        mem = memory(4096)
+        alloc_pages_bulk(mem, GFP_KERNEL, 0, 5000)
+        asked = []
+        mem.nodes[0].reclaim = lambda *args: asked.append(args) or 1
+
+        assert 0 == alloc_pages_bulk(mem, GFP_KERNEL, 0, 1).size
+        assert MAX_RECLAIM_RETRIES == len(asked)
+
+    def test_kswapd_is_woken_when_every_zone_is_low(self):
+        """Not before: what is above the low watermark somewhere is taken from there."""
+        mem = memory(DMA_END, DMA_END)
+        woken = []
+        for node in mem.nodes:
+            node.kswapd = lambda nid=node.nid: woken.append(nid) or 0
+        zones = system_zones(mem)
+        spare = sum(zone.nr_free - zone.watermark[1] for zone in zones)
+
+        got = alloc_pages_bulk(mem, GFP_KERNEL, 0, spare - zones[1].lowmem_reserve.get("DMA", 0))
+        assert [] == woken
+        more = alloc_pages_bulk(mem, GFP_KERNEL, 0, 1)
+
+        assert [0, 1] == woken
+        assert 1 == more.size
+        assert [zone.watermark[1] for zone in zones] != [zone.nr_free for zone in zones]
+        put(mem, np.concatenate((got, more)))
 
     def test_reclaim_is_for_those_who_may_wait(self):
         """A request without DIRECT_RECLAIM fails at once."""
         mem = memory(4096)
         alloc_pages_bulk(mem, GFP_ATOMIC, 0, 5000)
-        mem.nodes[0].reclaim = lambda gfp, wanted: pytest.fail("reclaimed")
+        mem.nodes[0].reclaim = lambda nids, wanted: pytest.fail("reclaimed")
 
         assert 0 == alloc_pages_bulk(mem, GFP_ATOMIC, 0, 100).size
 
@@ -429,7 +465,7 @@ class TestAllocPages:
             alloc_pages(mem, GFP_KERNEL, 7, 0)
 
         assert "wanted a block of order 7 (0x80 pages) on node 0 with gfp 0x20;" in str(error.value)
-        assert "free are node 0 DMA [0x1, 0x1000): 1*4kB " in str(error.value)
+        assert "free are node 0 DMA [0x1, 0x1000): 2*4kB " in str(error.value)
         assert "*8kB" in str(error.value)
         assert "ask for a lower order" in str(error.value)
 
