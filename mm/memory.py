@@ -68,9 +68,9 @@ from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, m
 from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
 from mm.vectors import every, has, pieces, places, some, stretches
 
-_STORED: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)  # pte_mkdirty()
-
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
+
+_WRITTEN: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 
 page_fault_user: Final = TracePoint("page_fault_user")
 
@@ -126,27 +126,28 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool
     faults = np.zeros(addrs.size, dtype=np.uint16)
     away = ~none & ~present
     kept = present & ~pte_write(ptes) if write or unshare else np.zeros_like(none)
-    fine = present & ~kept
-    if some(fine):
-        _mark_used(mm, at[fine], ptes[fine], write=write)
     if some(none):
         faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write)
     if some(away):
         faults[away] = do_swap_page(vma, addrs[away], at[away], ptes[away], write=write)
     if some(kept):
         faults[kept] = do_wp_page(vma, addrs[kept], at[kept], unshare=unshare)
+    held = present & ~kept
+    if some(held):
+        ptep_set_access_flags(mm, at[held], ptes[held], write=write)
     return faults
 
 
-def _mark_used(mm: MmStruct, at: Indices, ptes: Ptes, *, write: bool) -> None:
-    """Do to entries that need nothing else what a processor does to those that it uses.
+def ptep_set_access_flags(mm: MmStruct, at: Indices, ptes: Ptes, *, write: bool) -> None:
+    """Note a fault on entries that allow the access already, where they are still *ptes*.
 
-    Linux: pte_mkdirty() and ptep_set_access_flags() in handle_pte_fault(), mm/memory.c.
+    A device that asks for a range faults on all of it. Linux: arch/x86/mm/pgtable.c, and the end
+    of handle_pte_fault(), mm/memory.c.
     """
+    entries = mm.mem.tables.entries
     with mm.page_table_lock:
-        entries = mm.mem.tables.entries
-        same = at[entries[at] == ptes]
-        entries[same] |= _STORED if write else _PAGE_ACCESSED
+        same = entries[at] == ptes
+        entries[at[same]] |= _WRITTEN if write else _PAGE_ACCESSED
 
 
 def pte_offset_alloc(mm: MmStruct, addrs: Addresses) -> Indices:
