@@ -36,13 +36,14 @@ from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.machine import Machine
 from mm.memparse import Size, format_size, memparse
+from mm.mempolicy import alloc_pages_vma
 from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import find_vma, vmas_in
-from mm.page_alloc import alloc_pages_bulk
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
 from mm.process import Process
 from mm.rmap import rmap_walk
+from mm.sched import running
 from mm.swap import get_page, put_page
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
@@ -192,7 +193,7 @@ class DeviceMemory(ABC):
         self._check_open()
         moved = Moved()
         mm = process.mm
-        with mm.mmap_sem.read():
+        with running(process), mm.mmap_sem.read():
             spans = _vma_spans(mm, addr, memparse(nbytes))
             self._make_room_for(mm, spans)
             for vma, start, end in spans:
@@ -231,7 +232,7 @@ class DeviceMemory(ABC):
         """Migrate the pages of [*addr*, *addr* + *nbytes*) that are here back."""
         moved = Moved()
         mm = process.mm
-        with mm.mmap_sem.read():
+        with running(process), mm.mmap_sem.read():
             for vma, start, end in _vma_spans(mm, addr, memparse(nbytes)):
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
         return moved
@@ -305,7 +306,7 @@ class DeviceMemory(ABC):
         if private is Direction.TO_DEVICE:
             self._copy_to_device(src, dst)
         else:
-            self._copy_to_system(src, dst)
+            self._copy_to_system(vma, start, src, dst)
 
     def finalize_and_map(
         self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
@@ -368,9 +369,9 @@ class DeviceMemory(ABC):
                 f"in use and {pages.size - np.unique(pages).size} are there twice"
             )
 
-    def _copy_to_system(self, src: MigratePfns, dst: MigratePfns) -> None:
+    def _copy_to_system(self, vma: Vma, start: int, src: MigratePfns, dst: MigratePfns) -> None:
         entries = places((src & _PAGE_TO_MOVE) == _PAGE_TO_MOVE)
-        pfns = alloc_pages_bulk(self.mem, GFP_HIGHUSER_MOVABLE, 0, entries.size)
+        pfns = alloc_pages_vma(vma, start + (entries << PAGE_SHIFT), GFP_HIGHUSER_MOVABLE)
         entries = entries[: pfns.size]
         self._hand_over(dst, entries, pfns, referenced=True)
         if self.mem.payload is None:

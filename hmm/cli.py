@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fractions import Fraction
 from math import ceil
+from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
 from hmm import bench as benchmarks
@@ -141,13 +142,63 @@ def bench(
 
 @app.command()
 def script(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Scripts; - is stdin.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE...", help="Scripts; - is stdin.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Compare with the recordings below DIR.")
+    ] = None,
+    tier: Annotated[
+        str, typer.Option(help="must: what has to agree; should: counters and flags as well.")
+    ] = "must",
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Only this folder of recordings; may be repeated.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; else one a core.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the rules of the model after each script.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Run scripts of memory operations; one JSON line for each operation."""
+    """Run scripts of memory operations, one JSON line for each; or check recorded ones."""
+    if check is not None and not files:
+        _check_scripts(check, tier, profile or [], jobs, verify, as_json)
+        return
+    if check is not None or not files:
+        raise InvalidArgument("give scripts to run, or --check DIR; see hmm script --help")
     for file in files:
         with nullcontext(sys.stdin) if file == "-" else open(file, errors="replace") as lines:
-            for answer in scripts.answers(file, lines):
+            for answer in scripts.answers(file, lines, verify=verify):
                 print(scripts.json_line(answer), flush=True)
+
+
+def _check_scripts(
+    root: Path, tier: str, profiles: list[str], jobs: int | None, verify: bool, as_json: bool
+) -> None:
+    """Run every script below *root*, print what differs and a table of profiles."""
+    if tier not in scripts.TIERS:
+        raise InvalidArgument(f"--tier {tier} is not {' or '.join(scripts.TIERS)}")
+    found = scripts.recorded_scripts(root, profiles)
+    outcomes = []
+    with _progress("checking", shown=not as_json) as progress:
+        for outcome in scripts.check_scripts(found, tier, jobs, verify=verify):
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(len(outcomes), len(found))
+    table = Table("profile", "equal", "of", box=None)
+    counts: dict[str, list[int]] = {}
+    for outcome in outcomes:
+        counts.setdefault(outcome.profile, []).append(outcome.equal)
+    for name, equal in counts.items():
+        table.add_row(name, str(sum(equal)), str(len(equal)))
+    if not as_json:
+        for outcome in outcomes:
+            if not outcome.equal:
+                print(outcome)
+    _print({"tier": tier, "scripts": [o.as_dict() for o in outcomes]}, table, as_json)
+    differing = sum(not outcome.equal for outcome in outcomes)
+    if differing:
+        raise WorkFailed(f"{differing} of {len(outcomes)} scripts differ from their recording")
 
 
 def memory_bytes(memory: str, footprint: int) -> int:
@@ -272,11 +323,12 @@ def _progress(what: str, *, shown: bool) -> Iterator[Progress | None]:
 
 
 def _message(error: Exception) -> str:
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, WorkFailed):
         return str(error)
     if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"{type(error).__name__}: {error}"
+        return (error.strerror or str(error)) + notes
+    return f"{type(error).__name__}: {error}{notes}"
 
 
 def _complain(message: str, status: int) -> int:

@@ -74,7 +74,7 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
     if not every(private):
         present = pte_present(ptes)
         zero = present & pte_special(ptes)
-        _collect_holes(migrate, run, pte_none(ptes) | zero)
+        _collect_holes(migrate, run, pte_none(ptes) | zero & bool(migrate.select & SELECT_SYSTEM))
         mapped = places(_wanted(migrate, run, present ^ zero))
         for at, pfns in _selected(migrate, mapped, pte_pfn(ptes[mapped])):
             yield _collect_pages(migrate, run, at, pfns, _MAPPED)
@@ -129,7 +129,7 @@ def _collect_pages(
     migrate: MigrateVma, run: Run, at: Indices, pfns: Pfns, kind: Word
 ) -> _Collected:
     """Enter *pfns*, found at places *at* of the run, in src; unmap those that can be locked."""
-    mem, ptes = migrate.mem, run.ptes
+    mem, vma, ptes = migrate.mem, migrate.vma, run.ptes
     mapping = mem.mapping[rows(pfns)]
     if not every(mapping):
         at, pfns = at[mapping != 0], pfns[mapping != 0]
@@ -143,9 +143,9 @@ def _collect_pages(
 
     # The reference that the mapping of a locked page held becomes the migration's.
     if every(locked):
-        ptes[at] = unmap_to_migration_entries(mem, found, pfns)
+        ptes[at] = unmap_to_migration_entries(vma, found, pfns)
         return _Collected(entries, pfns, NO_PAGES)
     migrate.src[entries[~locked]] &= ~MIGRATE_PFN_LOCKED
     get_page(mem, pfns[~locked])
-    ptes[at[locked]] = unmap_to_migration_entries(mem, found[locked], pfns[locked])
+    ptes[at[locked]] = unmap_to_migration_entries(vma, found[locked], pfns[locked])
     return _Collected(entries, pfns, entries[~locked])

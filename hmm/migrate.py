@@ -49,7 +49,7 @@ from mm.locking import preempt
 from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_flags import PG_lru, PG_uptodate
+from mm.page_flags import PG_lru, PG_swapcache, PG_uptodate
 from mm.pgtable import pte_none, pte_present, pte_special
 from mm.rmap import (
     anon_vma_prepare,
@@ -133,7 +133,7 @@ def _restore_pinned(migrate: Migration) -> None:
 
 
 def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
-    """True for pages without references beyond their mappings and the migration's own.
+    """True for pages without references but their mappings, the swap cache and the migration.
 
     A device-private page always passes: the CPU threads that wait for it hold references, and
     two of them would keep each other out for good. Unlike Linux v4.20, a device-public page
@@ -149,7 +149,8 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
 def _references_besides(mem: MemMap, pfns: Pfns) -> NDArray[np.int32]:
     """References to each page that are neither a mapping, nor ours, nor that of a free page."""
     which = rows(pfns)
-    return mem.refcount[which] - mem.mapcount[which] - 1 - mem.is_zone_device_page(pfns)
+    extra = mem.refcount[which] - mem.mapcount[which] - has(mem.flags[which], PG_swapcache)
+    return extra - 1 - mem.is_zone_device_page(pfns)
 
 
 def _restore(migrate: Migration, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:

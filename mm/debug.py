@@ -20,26 +20,42 @@ from mm.page_flags import (
     FLAG_NAMES,
     PG_active,
     PG_anon_exclusive,
+    PG_dirty,
     PG_locked,
     PG_lru,
+    PG_mlocked,
     PG_reserved,
     PG_swapbacked,
+    PG_swapcache,
     PG_unevictable,
+    PG_uptodate,
     describe_flags,
 )
 from mm.pagewalk import walk_page_range
-from mm.pgtable import PTRS_PER_PTE, pte_devmap, pte_pfn, pte_present, pte_special, pte_write
+from mm.pgtable import (
+    PTRS_PER_PTE,
+    pte_devmap,
+    pte_dirty,
+    pte_pfn,
+    pte_present,
+    pte_special,
+    pte_write,
+)
 from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
+from mm.swap_slots import SWAP_HAS_CACHE
 from mm.swapops import (
     is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_swap_entry,
     is_write_device_exclusive_entry,
     is_write_device_private_entry,
+    pte_swp_exclusive,
     swp_offset,
+    swp_type,
 )
-from mm.types import VM_WRITE, MemMap, MmStruct, Vma
+from mm.types import VM_LOCKED, VM_WRITE, MemMap, MmStruct, Vma, vma_pages
 from mm.typing import PAGE_SHIFT, Addresses, Mask, Pfns, Ptes
 from mm.vectors import some
 
@@ -65,39 +81,48 @@ class Census(NamedTuple):
     """What page tables hold, counted anew.
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
-    waiting: migration entries for each PFN; taken: exclusive entries for each PFN; held:
-    references from pagevecs and pins, by PFN.
+    waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins and the swap cache, by
+    PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
     mapped: NDArray[np.int32]
     waiting: NDArray[np.int32]
     taken: NDArray[np.int32]
+    locked: NDArray[np.int32]
     held: NDArray[np.int32]
+    swapped: NDArray[np.int32]
 
 
 def _take_census(mem: MemMap) -> Census:
     zones = [zone for zone in mem.zones if zone is not None]
     spans = [np.arange(zone.start_pfn, zone.end_pfn) for zone in zones]
     pages = np.sort(np.concatenate(spans))
-    mapped, waiting, taken, held = (np.zeros(mem.limit_pfn, dtype=np.int32) for _ in range(4))
+    mapped, waiting, taken, locked, held = np.zeros((5, mem.limit_pfn), dtype=np.int32)
+    swapped = np.zeros(mem.swap.max, dtype=np.int32)
     one = np.int32(1)
     for mm in mem.mms:
-        for _, _, ptes in _entries(mm):
+        for vma, _, ptes in _entries(mm):
             normal = pte_present(ptes) & ~pte_special(ptes)
             for counts, pfns in (
                 (mapped, pte_pfn(ptes[normal])),
+                (locked, pte_pfn(ptes[normal & bool(vma.vm_flags & VM_LOCKED)])),
                 (mapped, swp_offset(ptes[is_device_private_entry(ptes)])),
                 (waiting, swp_offset(ptes[is_migration_entry(ptes)])),
                 (taken, swp_offset(ptes[is_device_exclusive_entry(ptes)])),
             ):
                 np.add.at(counts, pfns[(pfns >= 0) & (pfns < mem.limit_pfn)], one)
-    for pagevec in mem.pagevecs:
+            slots = swp_offset(ptes[is_swap_entry(ptes)])
+            np.add.at(swapped, slots[slots < mem.swap.max], one)
+    for pagevec in (*mem.pagevecs, *mem.lazyfree_pagevecs):
         np.add.at(held, pagevec.live(), one)
     for pin in mem.pins:
         np.add.at(held, pin.counted(pin.pfns), np.int32(pin.refs))
     held[mem.zero_pfn] += 1
-    return Census(pages, mapped, waiting, taken, held)
+    cached = mem.swap.cache
+    np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
+    return Census(pages, mapped, waiting, taken, locked, held, swapped)
 
 
 def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
@@ -109,12 +134,12 @@ def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
                 yield vma, run.addrs[used], run.ptes[used]
 
 
-def _complain(column: str, pfns: Pfns, wrong: Mask, rule: str) -> Complaints:
-    """One line for the pages that are *wrong*."""
+def _complain(column: str, pfns: Pfns, wrong: Mask, rule: str, what: str = "page") -> Complaints:
+    """One line for the pages, or *what* else they are, that are *wrong*."""
     if wrong.any():
         shown = ", ".join(map(hex, pfns[wrong][:_SHOWN].tolist()))
         more = f" and {int(wrong.sum()) - _SHOWN} more" if wrong.sum() > _SHOWN else ""
-        yield f"{column}: page {shown}{more}: {rule}"
+        yield f"{column}: {what} {shown}{more}: {rule}"
 
 
 def check_zones(mem: MemMap, census: Census) -> Complaints:
@@ -158,11 +183,11 @@ def check_free_pages(mem: MemMap, census: Census) -> Complaints:
         "refcount", system, unused & ~free[system], "nobody holds it, yet it is not free"
     )
     yield from _complain("refcount", system, ~unused & free[system], "held, yet on a free list")
-    for name in ("flags", "mapcount", "mapping", "index", "private", "lock_owner"):
+    for name in ("flags", "mapcount", "mapping", "index", "private", "mlock_count", "lock_owner"):
         stained = free[system] & (getattr(mem, name)[system] != 0)
         yield from _complain(name, system, stained, "not 0 on a free page")
     unused = mem.refcount[device] == FREE_REFCOUNT
-    for name in ("mapcount", "mapping", "index", "private", "lock_owner"):
+    for name in ("mapcount", "mapping", "index", "private", "mlock_count", "lock_owner"):
         stained = unused & (getattr(mem, name)[device] != 0)
         yield from _complain(name, device, stained, "not 0 on a free device page")
 
@@ -175,7 +200,7 @@ def check_counts(mem: MemMap, census: Census) -> Complaints:
     yield from _complain("mapcount", pages, mapcount != tables, "page tables say otherwise")
     expected = tables + census.taken[pages] + census.held[pages] + mem.is_zone_device_page(pages)
     yield from _complain(
-        "refcount", pages, refcount != expected, "not its mappings, pagevecs and pins"
+        "refcount", pages, refcount != expected, "not its mappings, pagevecs, pins and swap cache"
     )
     unlocked = (mem.flags[pages] & PG_locked) == 0
     yield from _complain(
@@ -205,16 +230,30 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     yield from _complain(
         "flags", pages, device & ((on_list & PG_lru) != 0), "device memory on an LRU list"
     )
-    private = (mem.private[pages] != 0) & ~device
-    yield from _complain("private", pages, private, "only a device's driver has a use for it")
-    swapbacked = (flags & PG_swapbacked) != 0
-    mapped = census.mapped[pages] + census.taken[pages] > 0
-    yield from _complain("flags", pages, mapped & ~swapbacked, "anonymous but not swapbacked")
+    swapbacked, cached = (flags & PG_swapbacked) != 0, (flags & PG_swapcache) != 0
+    yield from _complain("flags", pages, cached & ~swapbacked, "in the swap cache, not swapbacked")
     own = (flags & PG_anon_exclusive) != 0
     shared = census.mapped[pages] + census.taken[pages] > 1
     yield from _complain("flags", pages, own & shared, "shared, yet exclusive")
     pinned = census.held[pages] >= GUP_PIN_COUNTING_BIAS
     yield from _complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
+
+
+def check_mlocked(mem: MemMap, census: Census) -> Complaints:
+    """Only what VM_LOCKED memory maps is mlocked, and all of that is off reclaim's lists."""
+    pages = census.pages
+    flags = mem.flags[pages]
+    mlocked, unevictable = (flags & PG_mlocked) != 0, (flags & PG_unevictable) != 0
+    free = mlocked & ((census.locked[pages] == 0) | mem.is_zone_device_page(pages))
+    yield from _complain("flags", pages, free, "mlocked, but in no VM_LOCKED memory")
+    astray = ((flags & PG_lru) != 0) & (mlocked != unevictable)
+    yield from _complain("flags", pages, astray, "mlocked and unevictable do not agree")
+    most = np.where(mlocked, census.locked[pages], 0)
+    wrong = (mem.mlock_count[pages] < 0) | (mem.mlock_count[pages] > most)
+    yield from _complain("mlock_count", pages, wrong, "more than map it of VM_LOCKED memory")
+    count = int(np.count_nonzero(mlocked))
+    if mem.vmstat["nr_mlock"] != count:
+        yield f"nr_mlock: says {mem.vmstat['nr_mlock']}, {count} pages are mlocked"
 
 
 def check_lru(mem: MemMap, census: Census) -> Complaints:
@@ -240,6 +279,8 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
         count = sum(node.lruvec[lru].nr_pages for node in mem.nodes)
         if mem.vmstat[name] != count:
             yield f"{name}: says {mem.vmstat[name]}, the lists hold {count}"
+    if mem.vmstat["nr_isolated_anon"]:
+        yield f"nr_isolated_anon: says {mem.vmstat['nr_isolated_anon']}, yet nobody moves pages"
     waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for pagevec in mem.pagevecs:
         waiting[pagevec.live()] = True
@@ -248,17 +289,63 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
     yield from _complain("flags", mapped, lost, "mapped, but on no LRU list nor on its way")
 
 
+def check_swap(mem: MemMap, census: Census) -> Complaints:
+    """A slot is held by the entries that name it and by its page in the swap cache."""
+    si, slots = mem.swap, np.arange(1, mem.swap.max)
+    cached = si.cache[slots] > 0
+    expected = census.swapped[slots] + cached * np.int32(SWAP_HAS_CACHE)
+    wrong = si.swap_map[slots] != expected
+    yield from _complain("swap_map", slots, wrong, "not its entries and the swap cache", "slot")
+    used = int(np.count_nonzero(si.swap_map[slots]))
+    if si.inuse_pages != used:
+        yield f"inuse_pages: says {si.inuse_pages}, {used} slots are used"
+    unused = (si.swap_map[slots] == 0) & (si.cache[slots] != 0)
+    yield from _complain(
+        "swap cache", slots, unused, "something of a slot that nobody holds", "slot"
+    )
+
+    pages = census.pages
+    inside = (mem.flags[pages] & PG_swapcache) != 0
+    named = np.where(inside, mem.private[pages], 0)
+    stray = inside & ((named <= 0) | (named >= si.max))
+    yield from _complain("private", pages, stray, "no such slot")
+    yield from _complain("private", pages, ~inside & (mem.private[pages] != 0), "no slot is its")
+    pages, named = pages[inside & ~stray], named[inside & ~stray]
+    yield from _complain("private", pages, si.cache[named] != pages, "the swap cache differs")
+    if not mem.vmstat["nr_swapcached"] == inside.sum() == cached.sum():
+        what = f"{cached.sum()} slots have pages, {inside.sum()} pages have slots"
+        yield f"nr_swapcached: says {mem.vmstat['nr_swapcached']}, {what}"
+    if mem.payload is not None and si.contents is not None:
+        flags = mem.flags[pages]
+        clean = ((flags & PG_uptodate) != 0) & ((flags & (PG_dirty | PG_locked)) == 0)
+        clean &= ~_dirty_in_tables(mem)[pages]
+        clean[clean] = (mem.payload[pages[clean]] != si.contents[named[clean]]).any(axis=1)
+        yield from _complain("contents", pages, clean, "clean, yet its slot holds something else")
+
+
+def _dirty_in_tables(mem: MemMap) -> Mask:
+    """True for pages that some entry says a CPU has stored to, by PFN."""
+    dirty = np.zeros(mem.limit_pfn, dtype=np.bool_)
+    for mm in mem.mms:
+        for _, _, ptes in _entries(mm):
+            dirty[pte_pfn(ptes[pte_present(ptes) & pte_dirty(ptes)])] = True
+    return dirty
+
+
 def check_entries(mem: MemMap, census: Census) -> Complaints:
     """Every entry maps a page that may be there, with rights that the VMA gives."""
     for mm in mem.mms:
-        anon = 0
+        anon = swapents = 0
         for vma, addrs, ptes in _entries(mm):
             present, special = pte_present(ptes), pte_special(ptes)
             private, moving = is_device_private_entry(ptes), is_migration_entry(ptes)
             poisoned, taken = is_hwpoison_entry(ptes), is_device_exclusive_entry(ptes)
+            swapped, slots = is_swap_entry(ptes), swp_offset(ptes)
             anon += int(np.count_nonzero((present & ~special) | private | moving | taken))
-            odd = ~(present | private | moving | poisoned | taken)
+            swapents += int(np.count_nonzero(swapped))
+            odd = ~(present | private | moving | poisoned | taken | swapped)
             odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
+            odd |= swapped & ((swp_type(ptes) != 0) | (slots == 0) | (slots >= mem.swap.max))
             yield from _complain("page table", addrs, odd, f"an entry of no kind in {vma!r}")
             writable = (present & pte_write(ptes)) | is_write_device_private_entry(ptes)
             writable |= is_write_device_exclusive_entry(ptes)
@@ -266,9 +353,14 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
                 yield from _complain("page table", addrs, writable, f"writable in {vma!r}")
             lost = moving & ((swp_offset(ptes) < 0) | (swp_offset(ptes) >= mem.limit_pfn))
             yield from _complain("page table", addrs, lost, f"no such frame in {vma!r}")
+            own = swapped & pte_swp_exclusive(ptes) & ~odd
+            own[own] = census.swapped[slots[own]] != 1
+            yield from _complain("page table", addrs, own, f"others hold the slot too, {vma!r}")
             yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private | taken)
         if anon != mm.anon_rss:
             yield f"anon_rss: {mm.name} says {mm.anon_rss}, its page tables hold {anon}"
+        if swapents != mm.swapents:
+            yield f"swapents: {mm.name} says {mm.swapents}, its page tables hold {swapents}"
 
 
 def _check_owner(
@@ -310,21 +402,45 @@ def check_anon_vmas(mem: MemMap, census: Census) -> Complaints:
 
 
 def check_vmas(mem: MemMap, census: Census) -> Complaints:
-    """VMAs ascend without overlap; nothing is mapped outside them."""
+    """VMAs ascend without overlap, on nodes that there are; nothing is mapped outside them."""
+    nodes = {node.nid for node in mem.nodes}
     for mm in mem.mms:
-        total, end = 0, 0
+        total, locked, end = 0, 0, 0
         for vma in mm.vmas:
+            if vma.vm_policy is not None and not nodes.issuperset(vma.vm_policy.nodes):
+                yield f"vm_policy: {vma!r} of {mm.name} wants {vma.vm_policy}"
             if not end <= vma.vm_start < vma.vm_end:
                 yield f"vma: {vma!r} of {mm.name} overlaps what ends at {end:#x}"
-            total += (vma.vm_end - vma.vm_start) >> PAGE_SHIFT
+            total += vma_pages(vma)
+            locked += vma_pages(vma) if vma.vm_flags & VM_LOCKED else 0
             end = vma.vm_end
         if total != mm.total_vm:
             yield f"total_vm: {mm.name} says {mm.total_vm}, its VMAs span {total} pages"
+        if locked != mm.locked_vm:
+            yield f"locked_vm: {mm.name} says {mm.locked_vm}, {locked} pages are VM_LOCKED"
         inside = sum(ptes.size for _, _, ptes in _entries(mm))
         runs = walk_page_range(mem.tables, mm.pgd, 0, 1 << 57, holes=False)
         everywhere = sum(int(np.count_nonzero(run.ptes)) for run in runs)
         if inside != everywhere:
             yield f"page table: {mm.name} maps {everywhere - inside} pages outside its VMAs"
+
+
+def check_notifiers(mem: MemMap, census: Census) -> Complaints:
+    """Nothing is being invalidated; interval notifiers ascend, with counts that differ from it."""
+    for mm in mem.mms:
+        if mm.invalidating:
+            yield f"invalidating: {mm.name} is between start and end of {mm.invalidating[0]}"
+        elif mm.invalidate_seq & 1:
+            yield f"invalidate_seq: {mm.name} says {mm.invalidate_seq}, and nothing is invalidated"
+        starts = [notifier.start for notifier in mm.interval_notifiers]
+        if starts != sorted(starts):
+            yield f"interval_notifiers: those of {mm.name} do not ascend"
+        for notifier in mm.interval_notifiers:
+            seq = notifier.invalidate_seq
+            if notifier.mm is not mm or not notifier.start < notifier.end:
+                yield f"interval_notifiers: {notifier!r} is not at home in {mm.name}"
+            if not seq & 1 or seq > mm.invalidate_seq:
+                yield f"invalidate_seq: {notifier!r} says {seq}, {mm.name} {mm.invalidate_seq}"
 
 
 def check_tables(mem: MemMap) -> Complaints:
@@ -355,10 +471,13 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_free_pages,
     check_counts,
     check_flags,
+    check_mlocked,
     check_lru,
+    check_swap,
     check_entries,
     check_anon_vmas,
     check_vmas,
+    check_notifiers,
 )
 
 

@@ -19,8 +19,10 @@ from mm.page_flags import PG_reserved
 from mm.pgtable import PTRS_PER_PTE
 from mm.process import Process
 from mm.swap import lru_add_drain_all
+from mm.swapfile import swapon
 from mm.types import BYTES_PER_PAGE, MemMap
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.vmscan import kswapd_init
 from mm.vmstat import VmStat
 
 MIN_NODE: Final = 1 << 20
@@ -30,7 +32,7 @@ DEVICE_SPACE: Final = 64 << 30  # room for device memory above the system's, unl
 class Machine:
     """Memory, processes and devices of one simulated computer.
 
-    nodes: size of each NUMA node. swap: size of the swap area; only "0" so far. payload: keep the
+    nodes: size of each NUMA node. swap: size of the swap area, "0" for none. payload: keep the
     contents of pages; without, terabytes can be simulated. cpus: their number, spread evenly
     over the nodes. debug: fill freed pages with junk, so that use after free is seen.
     max_physmem: end of physical address space, which bounds the memory of all devices.
@@ -47,8 +49,6 @@ class Machine:
         max_physmem: Size | None = None,
     ) -> None:
         sizes = _node_pages(nodes)
-        if memparse(swap):
-            raise InvalidArgument(f'swap={swap!r}: there is no swap yet; use swap="0"')
         if cpus < 1:
             raise InvalidArgument(f"cpus={cpus}: a machine has at least one")
         total = sum(sizes)
@@ -66,6 +66,9 @@ class Machine:
         self.mem.cpu_to_node = [cpu * len(sizes) // cpus for cpu in range(cpus)]
         build_nodes(self.mem, sizes)
         self._boot_zero_page()
+        if memparse(swap):
+            swapon(self.mem, swap)
+        kswapd_init(self.mem)
 
     def _boot_zero_page(self) -> None:
         """Linux: empty_zero_page, arch/x86/kernel/head_64.S."""

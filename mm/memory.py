@@ -4,7 +4,7 @@ handle_mm_fault() gets a vector of addresses of one VMA that a thread touched an
 reach. By what the page table holds there each goes one way:
 
     nothing                    do_anonymous_page   the zero page for a read, a frame for a write
-    not present                do_swap_page        with a device, on its way, or lost
+    not present                do_swap_page        in swap, with a device, on its way, or lost
     present, wants to store    do_wp_page          its own copy, or the page as it is if unshared
              or to be its own
 
@@ -24,13 +24,15 @@ from mm.errors import KernelBug
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
+from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
+    _PAGE_ACCESSED,
     _PAGE_DEVMAP,
+    _PAGE_DIRTY,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
     PTRS_PER_PTE,
@@ -50,20 +52,25 @@ from mm.rmap import (
 )
 from mm.sched import current_task
 from mm.swap import lru_cache_add, put_page
+from mm.swapfile import free_pages_and_swap_cache, free_swap_and_cache, reuse_swap_page
+from mm.swapin import do_swap_in
 from mm.swapops import (
     is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_swap_entry,
     make_device_private_entry,
     swp_offset,
 )
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, maybe_mkwrite
-from mm.typing import PAGE_SIZE, Addresses, Indices, Pfns, Ptes, pages, word
-from mm.vectors import distinct, every, some, stretches
+from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
+from mm.vectors import every, has, pieces, places, some, stretches
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
+
+_WRITTEN: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 
 page_fault_user: Final = TracePoint("page_fault_user")
 
@@ -88,16 +95,18 @@ def mm_account_fault(mem: MemMap, faults: Faults) -> None:
     Linux: mm_account_fault(), mm/memory.c, v5.9; before, each architecture's fault handler, which
     never saw those of get_user_pages().
     """
-    mem.vmstat.add("pgfault", faults.size)
     task = current_task()
     if not some(faults):
+        mem.vmstat.add("pgfault", faults.size)
         task.min_flt += faults.size
         return
-    failed, major = (faults & VM_FAULT_ERROR) != 0, (faults & VmFault.MAJOR) != 0
-    nr_major = int(np.count_nonzero(major & ~failed))
+    faults = faults[(faults & VmFault.RETRY) == 0]  # the others will be, when they come back
+    served = faults[(faults & VM_FAULT_ERROR) == 0]
+    nr_major = int(np.count_nonzero(served & VmFault.MAJOR))
+    mem.vmstat.add("pgfault", faults.size)
     mem.vmstat.add("pgmajfault", nr_major)
     task.maj_flt += nr_major
-    task.min_flt += faults.size - nr_major - int(np.count_nonzero(failed))
+    task.min_flt += served.size - nr_major
 
 
 def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool) -> Faults:
@@ -113,17 +122,32 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool
         return do_anonymous_page(vma, addrs, at, write=write)
     present = pte_present(ptes)
     if not some(none | present):
-        return do_swap_page(vma, addrs, ptes, write=write)
+        return do_swap_page(vma, addrs, at, ptes, write=write)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     away = ~none & ~present
     kept = present & ~pte_write(ptes) if write or unshare else np.zeros_like(none)
     if some(none):
         faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write)
     if some(away):
-        faults[away] = do_swap_page(vma, addrs[away], ptes[away], write=write)
+        faults[away] = do_swap_page(vma, addrs[away], at[away], ptes[away], write=write)
     if some(kept):
         faults[kept] = do_wp_page(vma, addrs[kept], at[kept], unshare=unshare)
+    held = present & ~kept
+    if some(held):
+        ptep_set_access_flags(mm, at[held], ptes[held], write=write)
     return faults
+
+
+def ptep_set_access_flags(mm: MmStruct, at: Indices, ptes: Ptes, *, write: bool) -> None:
+    """Note a fault on entries that allow the access already, where they are still *ptes*.
+
+    A device that asks for a range faults on all of it. Linux: arch/x86/mm/pgtable.c, and the end
+    of handle_pte_fault(), mm/memory.c.
+    """
+    entries = mm.mem.tables.entries
+    with mm.page_table_lock:
+        same = entries[at] == ptes
+        entries[at[same]] |= _WRITTEN if write else _PAGE_ACCESSED
 
 
 def pte_offset_alloc(mm: MmStruct, addrs: Addresses) -> Indices:
@@ -154,7 +178,7 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
         return np.zeros(addrs.size, dtype=np.uint16)
 
     cpu = current_task().cpu
-    pfns, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    pfns, faults = _alloc_zeroed_pages(vma, addrs)
     with mm.page_table_lock:
         here = at[: pfns.size]
         empty = pte_none(mem.tables.entries[here])
@@ -167,14 +191,15 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
     return faults
 
 
-def _alloc_zeroed_pages(vma: Vma, count: int, cpu: int) -> tuple[Pfns, Faults]:
-    """Up to *count* zeroed frames, and what each of *count* faults comes to by that."""
-    mem = vma.vm_mm.mem
+def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
+    """Zeroed frames for *addrs*, or the first of them, and what each fault comes to by that.
+
+    Some are better than none: once those are mapped, reclaim may swap them out for the others.
+    """
     anon_vma_prepare(vma)
-    nid = mem.cpu_to_node[cpu]
-    pfns = alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE | Gfp.ZERO, nid, count, cpu)
-    faults = np.zeros(count, dtype=np.uint16)
-    faults[pfns.size :] = VmFault.OOM
+    pfns = alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE | Gfp.ZERO)
+    faults = np.zeros(addrs.size, dtype=np.uint16)
+    faults[pfns.size :] = VmFault.RETRY if pfns.size else VmFault.OOM
     return pfns, faults
 
 
@@ -213,16 +238,16 @@ def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
 def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False) -> Faults:
     """A store to read-only entries of a private mapping: use the page, or copy it.
 
-    A page that only this entry maps is made writable as it is. The zero page, and one that
-    others map too, is copied. With *unshare* the entry stays read-only, and only whose page it
-    maps changes. Linux: do_wp_page(), mm/memory.c.
+    A page that is the process's own is made writable as it is. The zero page, and one that
+    others may reach too, is copied. With *unshare* the entry stays read-only, and only whose page
+    it maps changes. Linux: do_wp_page(), mm/memory.c.
     """
     mem = vma.vm_mm.mem
     with vma.vm_mm.page_table_lock:
         ptes = mem.tables.entries[at]
         readonly = pte_present(ptes) & ~pte_write(ptes)
-        sole = readonly & ~pte_special(ptes) & (mem.mapcount[pte_pfn(ptes)] == 1)
-        mem.flags[pte_pfn(ptes[sole])] |= PG_anon_exclusive
+        sole = readonly & ~pte_special(ptes)
+        sole[sole] = _can_reuse(mem, pte_pfn(ptes[sole]))
         if not unshare:
             mem.tables.entries[at[sole]] |= maybe_mkwrite(vma)
     faults = np.zeros(addrs.size, dtype=np.uint16)
@@ -230,6 +255,16 @@ def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False
     if some(shared):
         faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared], unshare=unshare)
     return faults
+
+
+def _can_reuse(mem: MemMap, pfns: Pfns) -> Mask:
+    """True for those of *pfns* that are the process's own, or have become so by now."""
+    own = has(mem.flags[pfns], PG_anon_exclusive)
+    if not every(own):
+        own[~own] = reuse_swap_page(mem, pfns[~own])
+        with mem.locks.atomic:
+            mem.flags[pfns[own]] |= PG_anon_exclusive
+    return own
 
 
 def wp_page_copy(
@@ -241,7 +276,7 @@ def wp_page_copy(
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
     cpu = current_task().cpu
-    new, faults = _alloc_zeroed_pages(vma, addrs.size, cpu)
+    new, faults = _alloc_zeroed_pages(vma, addrs)
     addrs, at, ptes = addrs[: new.size], at[: new.size], ptes[: new.size]
     old, zero = pte_pfn(ptes), pte_special(ptes)
     if mem.payload is not None and not every(zero):
@@ -260,16 +295,16 @@ def wp_page_copy(
             _map_new_pages(vma, addrs[near][same], at[near][same], used, entries[near][same])
             replaced = old[near][same & ~zero[near]]
             mm.anon_rss += int(np.count_nonzero(same & zero[near]))
-            page_remove_rmap(mem, replaced)
-        put_page(mem, replaced, cpu)
+            page_remove_rmap(vma, replaced)
+        free_pages_and_swap_cache(mem, replaced, cpu)
         put_page(mem, new[near][~same], cpu)
         lru_cache_add_active(mem, used, cpu)
     mem.vmstat.add("cow_faults", new.size)
     return faults
 
 
-def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faults:
-    """Accesses to pages that are not there: wait, take them, or have the device bring them.
+def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:
+    """Accesses to pages that are not there: read, take, wait, or have the device bring them.
 
     Linux: do_swap_page(), mm/memory.c.
     """
@@ -288,11 +323,23 @@ def do_swap_page(vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faul
         remove_device_exclusive_entry(vma, addrs[exclusive], ptes[exclusive])
     if some(moving):
         migration_entry_wait(mem, swp_offset(ptes[moving]))
-    unknown = ~(moving | private | lost | exclusive)
+    swapped = is_swap_entry(ptes)
+    if some(swapped):
+        faults[swapped] = _swap_in(vma, addrs[swapped], at[swapped], ptes[swapped], write=write)
+    unknown = ~(moving | private | lost | exclusive | swapped)
     if some(unknown):
         raise KernelBug(
             f"bad page table entry {ptes[unknown][0]:#x} at {addrs[unknown][0]:#x} of {vma!r}"
         )
+    return faults
+
+
+def _swap_in(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:
+    """Bring pages from swap; a store to one that others have too gets a copy in the same fault."""
+    faults = do_swap_in(vma, addrs, at, ptes, write=write)
+    if write:
+        there = places((faults & ~np.uint16(VmFault.MAJOR)) == 0)
+        faults[there] |= do_wp_page(vma, addrs[there], at[there])
     return faults
 
 
@@ -310,42 +357,50 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
     mem.vmstat.add("device_private_faults", addrs.size)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     owners = mem.zone[pfns]
-    for index in distinct(owners):
-        zone = mem.zones[index]
-        ours = slice(None) if pfns.size == 1 else owners == index
+    for near in pieces(owners[1:] != owners[:-1], owners.size):  # in the order of the addresses
+        zone = mem.zones[owners.item(near.start)]
         if zone is None or zone.pgmap is None:
-            raise KernelBug(f"device-private entry for PFN {pfns[ours][0]:#x}, which no device has")
-        faults[ours] = zone.pgmap.page_fault(vma, addrs[ours], pfns[ours], write=write)
+            pfn = pfns.item(near.start)
+            raise KernelBug(f"device-private entry for PFN {pfn:#x}, which no device has")
+        faults[near] = zone.pgmap.page_fault(vma, addrs[near], pfns[near], write=write)
     return faults
 
 
-def zap_pte_range(mm: MmStruct, start: int, end: int) -> None:
-    """Take every mapping in [*start*, *end*) away and drop its reference.
+def zap_pte_range(vma: Vma, start: int, end: int) -> None:
+    """Take every mapping in [*start*, *end*) of *vma* away and drop its reference.
 
     The caller has told the notifiers. Linux: zap_pte_range(), mm/memory.c.
     """
+    mm = vma.vm_mm
     for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
         with mm.page_table_lock:
-            gone = _zap_run(mm, run)
-        put_page(mm.mem, gone)
+            gone = _zap_run(vma, run)
+        free_pages_and_swap_cache(mm.mem, gone)
 
 
-def _zap_run(mm: MmStruct, run: Run) -> Pfns:
+def _zap_run(vma: Vma, run: Run) -> Pfns:
     """Empty the entries of *run*; the pages that lose a reference by it."""
-    ptes = run.ptes
+    mm, ptes = vma.vm_mm, run.ptes
     mapped = pte_present(ptes) & ~pte_special(ptes)
     private = is_device_private_entry(ptes)
     moving = is_migration_entry(ptes)
     exclusive = swp_offset(ptes[is_device_exclusive_entry(ptes)])
+    if mm.swapents:
+        swapped = ptes[is_swap_entry(ptes)]
+        free_swap_and_cache(mm.mem, swapped)
+        mm.swapents -= swapped.size
     pfns = np.concatenate((pte_pfn(ptes[mapped]), swp_offset(ptes[private])))
     ptes[:] = 0
-    page_remove_rmap(mm.mem, pfns)
+    page_remove_rmap(vma, pfns)
     gone = np.concatenate((pfns, exclusive))  # which are not mapped, and yet referenced
     mm.anon_rss -= gone.size + int(np.count_nonzero(moving))
     return gone
 
 
-def zap_page_range(mm: MmStruct, start: int, end: int, event: MmuNotifyEvent) -> None:
-    """Unmap [*start*, *end*) and let *event* be known. Linux: zap_page_range(), mm/memory.c."""
-    with mmu_notifier_range(mm, start, end, event):
-        zap_pte_range(mm, start, end)
+def zap_page_range(vma: Vma, start: int, end: int, event: MmuNotifyEvent) -> None:
+    """Unmap [*start*, *end*) of *vma* and let *event* be known.
+
+    Linux: zap_page_range(), mm/memory.c.
+    """
+    with mmu_notifier_range(vma.vm_mm, start, end, event):
+        zap_pte_range(vma, start, end)

@@ -1,32 +1,55 @@
 """One page takes the place of another. Linux: mm/migrate.c, the part below migrate_vma().
 
-What a device migration and a move between nodes have in common: the state of struct page goes
-from old to new, under both page locks, when nobody else holds a reference.
+What a device migration and a move between nodes have in common: migrate_page(), by which the
+state of struct page goes from old to new, under both page locks, when nobody else holds a
+reference. Around it, for a move between nodes:
+
+    isolate    migrate_page_add     the caller takes pages off their LRU lists
+    try        unmap_and_move       lock, unmap, migrate_page, copy, map again
+    try again  migrate_pages        up to ten times, then the page stays where it is
 """
 
 from __future__ import annotations
 
 import errno
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mm.filemap import wait_on_page_locked
-from mm.locking import preempt
+from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait_on_page_locked
+from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
+from mm.highmem import copy_highpages
+from mm.locking import cond_resched, preempt
+from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
     PG_dirty,
     PG_referenced,
     PG_swapbacked,
+    PG_swapcache,
     PG_unevictable,
     PG_uptodate,
     PG_workingset,
 )
+from mm.rmap import remove_migration_ptes, try_to_unmap
+from mm.sched import current_task
+from mm.swap import isolate_lru_page, lru_add_drain, put_page, putback_lru_page
+from mm.swap_state import replace_in_swap_cache
+from mm.swapfile import try_to_free_swap
 from mm.types import MemMap
-from mm.typing import Pfns, word
-from mm.vectors import every, rows, some
+from mm.typing import Mask, Pfns, word
+from mm.vectors import every, has, places, rows, some
+
+Errnos: TypeAlias = NDArray[np.int32]  # for each page 0, or a negative errno
+# Gives a frame for each page that is to move; for the first of them only, where memory is short.
+NewPages: TypeAlias = Callable[[Pfns], Pfns]
+
+NR_MAX_BATCHED_MIGRATION: Final = 1 << 13  # pages on their way at a time; 512 since v6.3
+NR_MAX_MIGRATE_PAGES_RETRY: Final = 10
+NR_MAX_MIGRATE_ASYNC_RETRY: Final = 3  # of them, that pass over a locked page
 
 # What moves with the page, and what the old page loses by it.
 _MOVED_FLAGS: Final = word(
@@ -42,22 +65,38 @@ _MOVED_FLAGS: Final = word(
 _KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
 
 
-def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:
+def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     """Let new[i] belong where old[i] does; 0, or -EAGAIN where somebody else holds old[i].
 
-    All pages are locked and unmapped. The references that may be there: one of the caller's, and
-    the one that every ZONE_DEVICE page has. Linux: migrate_page_move_mapping(), mm/migrate.c.
+    All pages are locked and unmapped. The references that may be there: one of the caller's, the
+    one that every ZONE_DEVICE page has, and that of the swap cache, where new[i] takes the place
+    of old[i] too. Device memory is not in the swap cache: there a page moves once no swap entry
+    needs its slot. Unlike Linux v4.20, which never moves it there (v5.18 does so).
+    Linux: migrate_page_move_mapping(), mm/migrate.c.
     """
     preempt("migrate_page_move_mapping")
     with mem.locks.atomic:
-        expected = 1 + mem.is_zone_device_page(old).view(np.int8)
+        cached = has(mem.flags[rows(old)], PG_swapcache)
+        expected = 1 + mem.is_zone_device_page(old).view(np.int8) + cached.view(np.int8)
         alone = mem.refcount[rows(old)] == expected
+        if some(cached):
+            alone[alone] = _leave_swap_cache(mem, new[alone], old[alone])
         if not every(alone):
             old, new = old[alone], new[alone]
         moved_old, moved_new = rows(old), rows(new)
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
     return ~alone * np.int32(-errno.EAGAIN)
+
+
+def _leave_swap_cache(mem: MemMap, new: Pfns, old: Pfns) -> Mask:
+    """Put *new* in the place of *old* in the swap cache; False for what must stay there."""
+    cached, device = has(mem.flags[old], PG_swapcache), mem.is_zone_device_page(new)
+    leaving = cached & device
+    left = ~leaving
+    left[leaving] = try_to_free_swap(mem, old[leaving])
+    replace_in_swap_cache(mem, new[cached & ~device], old[cached & ~device])
+    return left
 
 
 def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
@@ -68,7 +107,7 @@ def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
         mem.flags[frm] &= _KEPT_FLAGS
 
 
-def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> NDArray[np.int32]:
+def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     """Move the state of *old* to *new*, contents aside: 0 or -EAGAIN for each.
 
     Linux: migrate_page() with MIGRATE_SYNC_NO_COPY, mm/migrate.c.
@@ -88,3 +127,120 @@ def migration_entry_wait(mem: MemMap, pfns: Pfns) -> None:
     """
     for pfn in pfns.tolist():
         wait_on_page_locked(mem, pfn)
+
+
+# Between nodes ----------------------------------------------------------------------------------
+
+
+def migrate_page_add(mem: MemMap, pfns: Pfns) -> Mask:
+    """Take *pfns* (distinct) off their lists, to migrate them; False where a page is on none.
+
+    Linux: migrate_page_add(), mm/mempolicy.c.
+    """
+    isolated = isolate_lru_page(mem, pfns)
+    mem.vmstat.add("nr_isolated_anon", int(np.count_nonzero(isolated)))
+    return isolated
+
+
+def alloc_migration_target(mem: MemMap, nid: int) -> NewPages:
+    """Frames of *nid* and no other node. Linux: alloc_migration_target(), mm/migrate.c, v5.9."""
+
+    def get_new_pages(pfns: Pfns) -> Pfns:
+        gfp = GFP_HIGHUSER_MOVABLE | Gfp.THISNODE
+        return alloc_pages_bulk(mem, gfp, nid, pfns.size, current_task().cpu)
+
+    return get_new_pages
+
+
+def putback_movable_pages(mem: MemMap, pfns: Pfns) -> None:
+    """Undo migrate_page_add(). Linux: putback_movable_pages(), mm/migrate.c."""
+    putback_lru_page(mem, pfns, current_task().cpu)
+    lru_add_drain(mem, current_task().cpu)
+    mem.vmstat.add("nr_isolated_anon", -pfns.size)
+
+
+def migrate_pages(mem: MemMap, pfns: Pfns, get_new_pages: NewPages) -> Errnos:
+    """Let new pages take the place of *pfns*, which the caller has isolated; 0 for each that moved.
+
+    -EAGAIN: it stays, for at each of ten attempts somebody held it or had it locked. -ENOMEM:
+    frames ran out at this page or before its turn. What moved is freed, what stays is on its list
+    again. Linux: migrate_pages(), mm/migrate.c.
+    """
+    status = np.full(pfns.size, -errno.ENOMEM, dtype=np.int32)
+    try:
+        for first in range(0, pfns.size, NR_MAX_BATCHED_MIGRATION):
+            batch = slice(first, first + NR_MAX_BATCHED_MIGRATION)
+            if not _migrate_pages_batch(mem, pfns[batch], status[batch], get_new_pages):
+                break
+    finally:
+        putback_movable_pages(mem, pfns[status != 0])
+        moved = int(np.count_nonzero(status == 0))
+        stuck = int(np.count_nonzero(status == -errno.EAGAIN))
+        short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
+        mem.vmstat.add("nr_isolated_anon", -moved)
+        mem.vmstat.add("pgmigrate_success", moved)
+        mem.vmstat.add("pgmigrate_fail", stuck + short)
+    return status
+
+
+def _migrate_pages_batch(mem: MemMap, pfns: Pfns, status: Errnos, get_new_pages: NewPages) -> bool:
+    """Try until *pfns* have moved or it is no use; False where frames run out.
+
+    Linux: migrate_pages_batch() and migrate_pages_sync(), mm/migrate.c, v6.3.
+    """
+    status[:] = -errno.EAGAIN
+    for attempt in range(NR_MAX_MIGRATE_PAGES_RETRY):
+        left = places(status)
+        if not left.size:
+            break
+        if attempt:
+            cond_resched()
+        wait = attempt >= NR_MAX_MIGRATE_ASYNC_RETRY
+        status[left] = unmap_and_move(mem, pfns[left], get_new_pages, wait=wait)
+        if some(status == -errno.ENOMEM):
+            return False
+    return True
+
+
+def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bool) -> Errnos:
+    """Attempt to move isolated *pfns*, once: 0 where a page has moved and is freed.
+
+    -EAGAIN for those that somebody else holds or, unless we are to *wait*, has locked; -ENOMEM
+    for those that no frame was left for. They are as before. Raises Deadlock where this thread
+    has locked what it is to wait for. Linux: unmap_and_move(), mm/migrate.c.
+    """
+    status = np.full(pfns.size, -errno.EAGAIN, dtype=np.int32)
+    if wait:
+        lock_page(mem, pfns)
+        at = np.arange(pfns.size)
+    else:
+        at = places(trylock_page(mem, pfns))
+    new = get_new_pages(pfns[at])
+    at, short = at[: new.size], at[new.size :]
+    status[short] = -errno.ENOMEM
+    unlock_page(mem, pfns[short])
+
+    old = pfns[at]
+    lock_new_page(mem, new)
+    try_to_unmap(mem, old)
+    status[at] = migrate_page(mem, new, old)
+    moved = status[at] == 0
+    if mem.payload is not None:
+        copy_highpages(mem.payload, new[moved], mem.payload, old[moved])
+    remove_migration_ptes(mem, old, np.where(moved, new, old))
+    _release(mem, old, new, moved)
+    return status
+
+
+def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
+    """Unlock both; put new[i] on a list where it has *moved*, and free what is left over.
+
+    The locks go first: ours may be the last reference, if others have unmapped the page.
+    """
+    cpu = current_task().cpu
+    unlock_page(mem, new)
+    unlock_page(mem, old)
+    putback_lru_page(mem, new[moved], cpu)
+    lru_add_drain(mem, cpu)
+    put_page(mem, new[~moved], cpu)
+    put_page(mem, old[moved], cpu)

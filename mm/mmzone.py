@@ -95,11 +95,12 @@ class LruList:
     log sheds what no longer counts when it is full.
     """
 
-    __slots__ = ("log", "nr_pages", "size", "stamps")
+    __slots__ = ("first", "log", "nr_pages", "size", "stamps")
 
     def __init__(self) -> None:
         self.log: Pfns = np.empty(256, dtype=np.int64)
         self.stamps: Pfns = np.empty(256, dtype=np.int64)
+        self.first = 0  # no item before it counts
         self.size = 0
         self.nr_pages = 0  # items that count
 
@@ -114,5 +115,9 @@ class Node:
     zones: list[Zone] = field(default_factory=list)  # ascending addresses
     zonelist: list[Zone] = field(default_factory=list)  # where to look, best first
     lruvec: list[LruList] = field(default_factory=lambda: [LruList() for _ in Lru])
-    # Direct reclaim, filled by vmscan: (gfp, wanted pages) -> reclaimed pages.
-    reclaim: Callable[[int, int], int] | None = None
+    # Direct reclaim, filled by vmscan: (nodes to look at, wanted pages) -> reclaimed pages.
+    reclaim: Callable[[list[int], int], int] | None = None
+    # What reclaims up to the high watermarks, filled by vmscan; for a thread that may wait.
+    kswapd: Callable[[], int] | None = None
+    kswapd_failures: int = 0  # runs of it in a row that reclaimed nothing
+    inactive_age: int = 0  # pages that have left the inactive lists (mm/workingset.py)

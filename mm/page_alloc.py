@@ -1,6 +1,7 @@
 """Which zone a page comes from, and what it must look like. Linux: mm/page_alloc.c.
 
     allocate  alloc_pages_bulk       the zonelist and its watermarks choose a zone, then
+                make_room            where all are low: kswapd, then direct reclaim
                 rmqueue              takes from the per-CPU list or from the buddy lists
                 prep_new_page        checks that nobody uses what comes out
     free      free_pages_bulk
@@ -14,8 +15,8 @@ The buddy lists themselves are in mm/free_area.py. rmqueue() and free_pcppages_b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Collection, Iterator
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -40,12 +41,17 @@ from mm.vectors import nr_pieces, pieces
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
+MAX_RECLAIM_RETRIES: Final = 16  # attempts to reclaim, in a row, before reclaim is given up
+WMARK_MIN: Final = 0  # which of a zone's watermarks a request respects
+WMARK_LOW: Final = 1
 PAGE_POISON: Final = 0xAA  # what a freed frame is filled with while debugging
 
 # The members of an IntFlag as plain ints, whose `&` is fifty times as fast.
 _DMA, _DMA32, _HIGH = int(Gfp.DMA), int(Gfp.DMA32), int(Gfp.HIGH)
 _ATOMIC, _THISNODE = int(Gfp.ATOMIC), int(Gfp.THISNODE)
 _DIRECT_RECLAIM, _ZERO = int(Gfp.DIRECT_RECLAIM), int(Gfp.ZERO)
+
+Nodes: TypeAlias = Collection[int] | None  # those that an allocation is confined to; None: any
 
 _ORDERS: Final = np.arange(MAX_ORDER)
 _ANY_FLAG: Final = word(~NO_FLAGS)
@@ -58,13 +64,16 @@ mm_page_free = TracePoint("mm_page_free")
 # Allocate ---------------------------------------------------------------------------------------
 
 
-def alloc_pages_bulk(mem: MemMap, gfp: int, nid: int, count: int, cpu: int = 0) -> Pfns:
+def alloc_pages_bulk(
+    mem: MemMap, gfp: int, nid: int, count: int, cpu: int = 0, nodes: Nodes = None
+) -> Pfns:
     """At most *count* pages, ascending, refcount 1; fewer where the watermarks forbid the rest.
 
-    They form as few runs as the free blocks allow. Linux: alloc_pages_bulk() of v5.13, for which
-    v4.20 calls alloc_page() in a loop.
+    They come from *nid* or what is nearest to it, of *nodes* alone where those are given, and
+    form as few runs as the free blocks allow. Linux: alloc_pages_bulk() of v5.13, for which v4.20
+    calls alloc_page() in a loop.
     """
-    return alloc_pages_nodemask(mem, int(gfp), 0, count, nid, cpu)
+    return alloc_pages_nodemask(mem, int(gfp), 0, count, nid, cpu, nodes)
 
 
 def alloc_pages(mem: MemMap, gfp: int, order: int, nid: int, cpu: int = 0) -> int:
@@ -84,19 +93,22 @@ def alloc_pages(mem: MemMap, gfp: int, order: int, nid: int, cpu: int = 0) -> in
     return block.item(0)
 
 
-def alloc_pages_nodemask(mem: MemMap, gfp: int, order: int, count: int, nid: int, cpu: int) -> Pfns:
+def alloc_pages_nodemask(
+    mem: MemMap, gfp: int, order: int, count: int, nid: int, cpu: int, nodes: Nodes = None
+) -> Pfns:
     """*count* pages, ascending: what can be had where *order* is 0, else one block or nothing.
 
     Linux: __alloc_pages_nodemask() and, when memory is short, __alloc_pages_slowpath().
     """
     if not 0 <= nid < len(mem.nodes):
         raise InvalidArgument(f"there is no node {nid}, only 0..{len(mem.nodes) - 1}")
+    zones = zones_allowed(mem, gfp, nid, nodes)
     with mem.locks.atomic:
-        taken = get_page_from_freelist(mem, gfp, order, count, nid, cpu)
-    if taken.size < count:
-        for _ in make_room(mem, gfp, nid, count):
+        taken = get_page_from_freelist(mem, gfp, order, count, zones, cpu, WMARK_LOW)
+    if taken.size < count and zones:
+        for _ in make_room(mem, gfp, zones, count - taken.size):
             with mem.locks.atomic:
-                more = get_page_from_freelist(mem, gfp, order, count - taken.size, nid, cpu)
+                more = get_page_from_freelist(mem, gfp, order, count - taken.size, zones, cpu)
             taken = sorted_pfns(np.concatenate((taken, more)))
             if taken.size == count:
                 break
@@ -107,34 +119,48 @@ def alloc_pages_nodemask(mem: MemMap, gfp: int, order: int, count: int, nid: int
     return taken
 
 
-def make_room(mem: MemMap, gfp: int, nid: int, wanted: int) -> Iterator[None]:
+def make_room(mem: MemMap, gfp: int, zones: list[Zone], wanted: int) -> Iterator[None]:
     """What helps an allocation that falls short, one step for each turn.
 
-    Linux: __alloc_pages_direct_reclaim().
+    Linux: wake_all_kswapds() and __alloc_pages_direct_reclaim().
     """
+    nids = list(dict.fromkeys(zone.nid for zone in zones))
+    reclaim, may_wait = mem.nodes[nids[0]].reclaim, gfp & _DIRECT_RECLAIM
+    if may_wait:
+        for kswapd in (mem.nodes[nid].kswapd for nid in nids):
+            if kswapd is not None:
+                kswapd()
+    yield
     drain_all_pages(mem)
     yield
-    reclaim = mem.nodes[nid].reclaim
-    if reclaim is not None and gfp & _DIRECT_RECLAIM:
-        reclaim(gfp, wanted)
-        drain_all_pages(mem)
-        yield
+    if reclaim is not None and may_wait:
+        for _ in range(MAX_RECLAIM_RETRIES):
+            if not reclaim(nids, wanted):
+                return
+            drain_all_pages(mem)
+            yield
 
 
 def get_page_from_freelist(
-    mem: MemMap, gfp: int, order: int, count: int, nid: int, cpu: int
+    mem: MemMap,
+    gfp: int,
+    order: int,
+    count: int,
+    zones: list[Zone],
+    cpu: int,
+    wmark: int = WMARK_MIN,
 ) -> Pfns:
     """Go down the zonelist, taking from each zone what its watermark leaves; ascending.
 
     Linux: get_page_from_freelist().
     """
-    zones = zones_allowed(mem, gfp, nid)
     parts = []
     for zone in zones:
-        spare = zone.nr_free - zone_watermark(zone, gfp, zones[0])
+        spare = zone.nr_free - zone_watermark(zone, gfp, zones[0], wmark)
         if spare > 0 and count > 0:
             part = rmqueue(mem, zone, order, count, spare, cpu)
             mem.vmstat.add(f"pgalloc_{zone.name.lower()}", part.size)
+            zone_statistics(mem, zones[0], zone, part.size, cpu)
             parts.append(part)
             count -= part.size
     taken = parts[0] if len(parts) == 1 else sorted_pfns(np.concatenate((pages(), *parts)))
@@ -142,9 +168,26 @@ def get_page_from_freelist(
     return taken
 
 
-def zones_allowed(mem: MemMap, gfp: int, nid: int) -> list[Zone]:
-    """The zones where *gfp* lets a request to *nid* look, best first. Linux: gfp_zone()."""
+def zone_statistics(mem: MemMap, preferred: Zone, zone: Zone, count: int, cpu: int) -> None:
+    """Count *count* pages that *zone* gave, where *preferred* was asked first.
+
+    Linux: zone_statistics().
+    """
+    hit, local = zone.nid == preferred.nid, zone.nid == mem.cpu_to_node[cpu]
+    mem.vmstat.add("numa_hit" if hit else "numa_miss", count)
+    mem.vmstat.add("numa_local" if local else "numa_other", count)
+    if not hit:
+        mem.vmstat.add("numa_foreign", count)
+
+
+def zones_allowed(mem: MemMap, gfp: int, nid: int, nodes: Nodes = None) -> list[Zone]:
+    """The zones where *gfp* lets a request to *nid* look, best first.
+
+    Linux: gfp_zone() and, with *nodes*, for_each_zone_zonelist_nodemask().
+    """
     zones = mem.nodes[nid].zonelist
+    if nodes is not None:
+        zones = [zone for zone in zones if zone.nid in nodes]
     if gfp & (_DMA | _DMA32):
         limit = DMA_END if gfp & _DMA else DMA32_END
         zones = [zone for zone in zones if zone.end_pfn <= limit]
@@ -153,16 +196,18 @@ def zones_allowed(mem: MemMap, gfp: int, nid: int) -> list[Zone]:
     return zones
 
 
-def zone_watermark(zone: Zone, gfp: int, first: Zone) -> int:
+def zone_watermark(zone: Zone, gfp: int, first: Zone, wmark: int = WMARK_MIN) -> int:
     """Pages that must stay on the lists of *zone* for a request that could ask *first* first.
 
+    Below the low watermark somebody has to reclaim; below min only *gfp* can go.
     Linux: __zone_watermark_ok().
     """
-    mark = zone.watermark[0]
-    if gfp & _HIGH:
-        mark -= mark // 2
-    if gfp & _ATOMIC:
-        mark -= mark // 4
+    mark = zone.watermark[wmark]
+    if wmark == WMARK_MIN:
+        if gfp & _HIGH:
+            mark -= mark // 2
+        if gfp & _ATOMIC:
+            mark -= mark // 4
     return mark + zone.lowmem_reserve.get(first.name, 0)
 
 

@@ -7,11 +7,12 @@ with one loop over VMAs.
 The two ends of a migration stand here as well, unlike in Linux (`mm/migrate.c`): they walk the
 rmap, and reclaim and compaction need them from below: try_to_unmap() puts migration entries in
 place of a page, remove_migration_ptes() puts the page, or the one that replaces it, back.
+try_to_unmap_to_swap() is its sibling for reclaim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from mm.errors import KernelBug
 from mm.locking import RwSemaphore
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_swapbacked
+from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_swapbacked, PG_swapcache
 from mm.page_vma_mapped import page_vma_mapped_walk
 from mm.pgtable import (
     _PAGE_ACCESSED,
@@ -31,19 +32,26 @@ from mm.pgtable import (
     pte_present,
     pte_soft_dirty,
     pte_write,
+    pte_young,
 )
-from mm.swap import get_page, put_page
+from mm.swap import get_page, page_maybe_dma_pinned, put_page
+from mm.swap_slots import swap_duplicate
 from mm.swapops import (
+    SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
     is_write_device_private_entry,
     is_write_migration_entry,
     make_device_private_entry,
     make_hwpoison_entry,
     make_migration_entry,
+    make_swap_entry,
     pte_swp_soft_dirty,
 )
 from mm.types import (
     PAGE_MAPPING_ANON,
+    VM_ACCESS_FLAGS,
+    VM_LOCKED,
+    VM_SOFTDIRTY,
     VM_WRITE,
     AnonVma,
     MemMap,
@@ -52,12 +60,15 @@ from mm.types import (
     vma_pages,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, number, word
-from mm.vectors import add_at, distinct, every, places, rows, some, stretches
+from mm.unevictable import mlock_new_page, mlock_vma_page, munlock_vma_page
+from mm.vectors import add_at, distinct, every, has, places, rows, some, stretches
 
 _ONE: Final = np.array(1, dtype=np.int32)
 _NEW_ANON: Final = word(PG_swapbacked | PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
+_NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _SHIFT: Final = number(PAGE_SHIFT)
+_MAY_CHANGE: Final = VM_ACCESS_FLAGS | VM_SOFTDIRTY  # and neighbours still share an anon_vma
 
 
 def anon_vma_prepare(vma: Vma) -> AnonVma:
@@ -93,8 +104,9 @@ def _mergeable_anon_vma(vma: Vma) -> AnonVma | None:
             near.anon_vma is not None
             and len(near.anon_vma_chain) == 1
             and before.vm_end == after.vm_start
-            and not (before.vm_flags ^ after.vm_flags) & ~VM_WRITE
+            and not (before.vm_flags ^ after.vm_flags) & ~_MAY_CHANGE
             and before.vm_file is after.vm_file
+            and before.vm_policy == after.vm_policy
             and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
         ):
             return near.anon_vma
@@ -134,18 +146,52 @@ def page_add_new_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses) -> None:
     mem.mapping[pfns] = (vma.anon_vma.number << 2) | PAGE_MAPPING_ANON
     mem.index[pfns] = linear_page_index(vma, addrs)
     mem.vmstat.add("nr_anon_pages", pfns.size)
+    if vma.vm_flags & VM_LOCKED:
+        mlock_new_page(mem, pfns[~mem.is_zone_device_page(pfns)])
 
 
-def page_add_anon_rmap(mem: MemMap, pfns: Pfns) -> None:
-    """One more mapping of each of *pfns*, which may repeat. Linux: page_add_anon_rmap()."""
+def page_add_anon_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One more mapping, by *vma*, of each of *pfns*, which may repeat.
+
+    Linux: page_add_anon_rmap(), mm/rmap.c.
+    """
+    _count_anon_mappings(vma.vm_mm.mem, pfns)
+    mlock_vma_page(vma, pfns)
+
+
+def _count_anon_mappings(mem: MemMap, pfns: Pfns) -> None:
     with mem.locks.atomic:
         before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
         add_at(mem.mapcount, pfns, 1)
     mem.vmstat.add("nr_anon_pages", pfns.size - before)
 
 
-def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
-    """One mapping less of each of *pfns* (distinct). Linux: page_remove_rmap(), mm/rmap.c."""
+def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mask) -> None:
+    """One more mapping of each of *pfns* (distinct), which come from swap, at *addrs* of *vma*.
+
+    Where it is *exclusive*, the page is the process's own. A page that is just read belongs to
+    nobody yet: then the anon_vma is the oldest of *vma*, where all who may share the page are; and
+    a VM_LOCKED VMA does not lock it in memory before reclaim sees it, as in v6.12.
+    Linux: do_page_add_anon_rmap() and __page_set_anon_rmap(), mm/rmap.c.
+    """
+    mem = vma.vm_mm.mem
+    assert vma.anon_vma is not None
+    oldest, own = (a.number << 2 | PAGE_MAPPING_ANON for a in (vma.anon_vma_chain[0], vma.anon_vma))
+    fresh = mem.mapping[pfns] == 0
+    mem.mapping[pfns[fresh]] = np.where(exclusive[fresh], own, oldest)
+    mem.index[pfns[fresh]] = linear_page_index(vma, addrs[fresh])
+    with mem.locks.atomic:
+        mem.flags[pfns[exclusive]] |= PG_anon_exclusive
+    _count_anon_mappings(mem, pfns)
+    mlock_vma_page(vma, pfns[~fresh])
+
+
+def page_remove_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One mapping, by *vma*, less of each of *pfns* (distinct).
+
+    Linux: page_remove_rmap(), mm/rmap.c; as in v5.18 it knows the VMA, which may be VM_LOCKED.
+    """
+    mem = vma.vm_mm.mem
     with mem.locks.atomic:
         which = rows(pfns)
         left = mem.mapcount[which] - _ONE
@@ -153,6 +199,7 @@ def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
     if some(left < 0):
         raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
     mem.vmstat.add("nr_anon_pages", int(np.count_nonzero(left)) - pfns.size)
+    munlock_vma_page(vma, pfns)
 
 
 class Mapping(NamedTuple):
@@ -190,8 +237,8 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
                     yield Mapping(vma, at, vma.vm_start + (offset[at] << _SHIFT))
 
 
-def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
-    """Unmap locked *pfns* from the entries *ptes* and give the migration entries to store there.
+def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
+    """Unmap locked *pfns* from the entries *ptes* of *vma*; the migration entries to store there.
 
     Called with the page-table lock held. The reference of each mapping passes to the caller.
     Unlike Linux v4.20, the entry's dirty bit goes to the page (6.1 does so): reclaim would take
@@ -199,7 +246,7 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     loses in every process but the one that migrates (gone by 5.14).
     Linux: try_to_unmap_one() with TTU_MIGRATION, mm/rmap.c.
     """
-    present = pte_present(ptes)
+    mem, present = vma.vm_mm.mem, pte_present(ptes)
     if every(present):
         dirty = pte_dirty(ptes)
         if some(dirty):
@@ -211,9 +258,9 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     else:
         entries = np.empty_like(ptes)
         for kind in (present, ~present):
-            entries[kind] = unmap_to_migration_entries(mem, ptes[kind], pfns[kind])
+            entries[kind] = unmap_to_migration_entries(vma, ptes[kind], pfns[kind])
         return entries
-    page_remove_rmap(mem, pfns)
+    page_remove_rmap(vma, pfns)
     return make_migration_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
 
 
@@ -223,21 +270,96 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
     Where that fails a page stays mapped; the caller sees its mapcount.
     Linux: try_to_unmap(), TTU_MIGRATION | TTU_IGNORE_MLOCK | TTU_IGNORE_ACCESS, mm/rmap.c.
     """
-    for vma, found_pages, found_addrs in rmap_walk(mem, pfns):
-        order = np.argsort(found_addrs)
-        pages, addrs = found_pages[order], found_addrs[order]
-        for run in stretches(addrs, PAGE_SIZE):
-            mm, near = vma.vm_mm, addrs[run]
-            start, end = near.item(0), near.item(-1) + PAGE_SIZE
-            with (
-                mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
-                mm.page_table_lock,
-            ):
-                at, mapped = page_vma_mapped_walk(vma, pfns[pages[run]], near)
-                at, found = at[mapped], pfns[pages[run]][mapped]
-                entries = mem.tables.entries
-                entries[at] = unmap_to_migration_entries(mem, entries[at], found)
-            put_page(mem, found)
+
+    def migrate(vma: Vma, at: Indices, found: Pfns) -> Pfns:
+        entries = mem.tables.entries
+        entries[at] = unmap_to_migration_entries(vma, entries[at], found)
+        return found
+
+    for vma, which, addrs in rmap_walk(mem, pfns):
+        _unmap_from(vma, pfns[which], addrs, migrate)
+
+
+def _unmap_from(
+    vma: Vma, pfns: Pfns, addrs: Addresses, unmap: Callable[[Vma, Indices, Pfns], Pfns]
+) -> None:
+    """Let *unmap* change the entries at *addrs* (in any order) that still map *pfns*.
+
+    It gets their places in the table pool and the pages, with the page-table lock held, and says
+    which pages lost a mapping by it; the references of those go.
+    """
+    mm = vma.vm_mm
+    order = np.argsort(addrs)
+    pfns, addrs = pfns[order], addrs[order]
+    for run in stretches(addrs, PAGE_SIZE):
+        start, end = addrs[run].item(0), addrs[run].item(-1) + PAGE_SIZE
+        with (
+            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
+            mm.page_table_lock,
+        ):
+            at, mapped = page_vma_mapped_walk(vma, pfns[run], addrs[run])
+            gone = unmap(vma, at[mapped], pfns[run][mapped])
+        put_page(mm.mem, gone)
+
+
+def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns) -> None:
+    """Replace every mapping of *pfns* (locked, isolated) by an entry for its slot in swap.
+
+    A page that MADV_FREE gave up has no slot: its mapping goes, if it is still clean, or stays and
+    the page is an anonymous one as others again. Where a mapping stays, as those of VM_LOCKED
+    memory do, the caller sees it in mapcount. Linux: try_to_unmap(), TTU_BATCH_FLUSH, mm/rmap.c.
+    """
+    for vma, which, addrs in rmap_walk(mem, pfns):
+        if not vma.vm_flags & VM_LOCKED:
+            _unmap_from(vma, pfns[which], addrs, unmap_to_swap_entries)
+
+
+def unmap_to_swap_entries(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
+    """Put swap entries at places *at*, which map *pfns*; the pages that lost a mapping by it.
+
+    Called with the page-table lock held. Unlike Linux v4.20, an entry says whether the slot is
+    the process's own, as the page was; one that is pinned stays mapped (v5.19).
+    Linux: try_to_unmap_one(), mm/rmap.c.
+    """
+    mm = vma.vm_mm
+    mem, entries = mm.mem, mm.mem.tables.entries
+    ptes = entries[at]
+    with mem.locks.atomic:
+        mem.flags[pfns[pte_dirty(ptes)]] |= PG_dirty
+        flags = mem.flags[pfns]
+        slotted, exclusive = has(flags, PG_swapcache), has(flags, PG_anon_exclusive)
+        spare = ~slotted & ~has(flags, PG_dirty)
+        spare &= mem.refcount[pfns] == 1 + mem.mapcount[pfns]  # isolated, and mapped, is all it is
+        mem.flags[pfns[~slotted & ~spare]] |= PG_swapbacked
+        slotted &= ~(exclusive & page_maybe_dma_pinned(mem, pfns))
+        mem.flags[pfns[slotted]] &= _NOT_EXCLUSIVE
+
+    entries[at[spare]] = 0
+    slots = mem.private[pfns[slotted]]
+    swap_duplicate(mem.swap, slots)
+    kept_bits = pte_soft_dirty(ptes) * SWP_SOFT_DIRTY | exclusive * SWP_EXCLUSIVE
+    entries[at[slotted]] = make_swap_entry(slots) | kept_bits[slotted]
+    gone = pfns[slotted | spare]
+    page_remove_rmap(vma, gone)
+    mm.anon_rss -= gone.size
+    mm.swapents += slots.size
+    return gone
+
+
+def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
+    """Has any mapping of each of *pfns* (locked) been used since this was last asked?
+
+    What a VM_LOCKED mapping needs counts as used. Linux: page_referenced(), mm/rmap.c.
+    """
+    referenced = np.zeros(pfns.size, dtype=np.bool_)
+    for vma, which, addrs in rmap_walk(mem, pfns):
+        entries = mem.tables.entries
+        with vma.vm_mm.page_table_lock:
+            at, mapped = page_vma_mapped_walk(vma, pfns[which], addrs)
+            used = mapped & (pte_young(entries[at]) | bool(vma.vm_flags & VM_LOCKED))
+            entries[at[mapped]] &= _NOT_ACCESSED
+        referenced[which[used]] = True
+    return referenced
 
 
 def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
@@ -256,7 +378,7 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
             if replaced.size:
                 get_page(mem, replaced)
                 mem.tables.entries[at] = _mapping_entries(vma, mem.tables.entries[at], replaced)
-                page_add_anon_rmap(mem, replaced)
+                page_add_anon_rmap(vma, replaced)
 
 
 def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:

@@ -18,6 +18,7 @@ class Task:
         self.name = name
         self.cpu = cpu  # that it runs on: whose node and lists serve its faults
         self.mempolicy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the default
+        self.il_next = 0  # turns that interleaving has taken, of pages that have no address
         self.min_flt = 0  # faults served without I/O
         self.maj_flt = 0  # faults that waited for swap or a file
 

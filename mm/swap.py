@@ -19,16 +19,30 @@ from mm.locking import current, preempt
 from mm.memremap import FREE_REFCOUNT, free_zone_device_page
 from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
 from mm.page_alloc import free_pages_bulk
-from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
-from mm.types import MemMap
+from mm.page_flags import (
+    PG_active,
+    PG_lru,
+    PG_mlocked,
+    PG_referenced,
+    PG_swapbacked,
+    PG_swapcache,
+    PG_unevictable,
+)
+from mm.types import MemMap, page_anon
 from mm.typing import Indices, Mask, Pfns, Ptes, word
-from mm.vectors import add_at, distinct, every, has, places, rows, some
+from mm.vectors import add_at, distinct, every, has, joined, places, rows, some, unique
 
 GUP_PIN_COUNTING_BIAS: Final = 1024  # what a pin adds to `refcount`, to be told from references
 
 _LRU_KIND: Final = word(PG_swapbacked | PG_active | PG_unevictable)
 _OFF_LISTS: Final = word(~(PG_lru | PG_active | PG_unevictable))
 _NOT_LRU: Final = word(~PG_lru)
+_NOT_ACTIVE: Final = word(~PG_active)
+_EVICTABLE: Final = word(~PG_unevictable)
+_MLOCKED_OR_UNEVICTABLE: Final = word(PG_mlocked | PG_unevictable)
+_INACTIVE: Final = word(~(PG_active | PG_referenced))
+_LAZYFREE: Final = word(~(PG_active | PG_referenced | PG_swapbacked))
+_NOT_FREEABLE: Final = word(PG_swapcache | PG_unevictable)
 _SWAPBACKED, _ACTIVE, _UNEVICTABLE = int(PG_swapbacked), int(PG_active), int(PG_unevictable)
 _NID_SHIFT: Final = word(32)
 _COUNTERS: Final = {lru: f"nr_{lru.name.lower()}" for lru in Lru}
@@ -143,11 +157,13 @@ def _pagevec_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
 
 
 def lru_add_drain(mem: MemMap, cpu: int = 0) -> None:
-    """Hand over what waits in this CPU's pagevec. Linux: lru_add_drain()."""
-    pagevec = mem.pagevecs[cpu]
+    """Hand over what waits in this CPU's pagevecs. Linux: lru_add_drain()."""
+    pagevec, lazyfree = mem.pagevecs[cpu], mem.lazyfree_pagevecs[cpu]
     with mem.locks.atomic:
         if pagevec.size:
             _pagevec_lru_add(mem, pagevec.pop(pagevec.size), cpu)
+        if lazyfree.size:
+            _lru_lazyfree(mem, lazyfree.pop(lazyfree.size), cpu)
 
 
 def lru_add_drain_all(mem: MemMap) -> None:
@@ -162,6 +178,30 @@ def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     Linux: __pagevec_lru_add().
     """
     flags = mem.flags[pfns]
+    if some(flags & _MLOCKED_OR_UNEVICTABLE):
+        flags = _unevictable_if_mlocked(flags)
+    _add_to_lru(mem, pfns, flags)
+    put_page(mem, pfns, cpu)
+
+
+def _unevictable_if_mlocked(flags: Ptes) -> Ptes:
+    """Which list a page goes to is decided when it gets there. Linux: lru_add(), mm/swap.c."""
+    unevictable = (flags | PG_unevictable) & _NOT_ACTIVE
+    return np.where(has(flags, PG_mlocked), unevictable, flags & _EVICTABLE)
+
+
+def relist_pages(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
+    """Let *pfns*, which are on lists, have *flags*, and be the youngest of the lists these name.
+
+    Called with `atomic` held. Linux: lruvec_del_folio() and lruvec_add_folio(), mm_inline.h, v5.16.
+    """
+    if pfns.size:
+        _del_from_lru(mem, pfns, mem.flags[pfns])
+        _add_to_lru(mem, pfns, flags)
+
+
+def _add_to_lru(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
+    """Onto the lists that *flags* name, as the youngest. Linux: add_page_to_lru_list()."""
     stamps = np.arange(mem.lru_clock, mem.lru_clock + pfns.size)
     mem.lru_clock += pfns.size
     mem.flags[pfns] = flags | PG_lru
@@ -171,7 +211,6 @@ def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
         _append(mem, lru, added, stamps[here])
         lru.nr_pages += added.size
         mem.vmstat.add(counter, added.size)
-    put_page(mem, pfns, cpu)
 
 
 def _del_from_lru(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
@@ -185,7 +224,7 @@ def _del_from_lru(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
 def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
     """Add the youngest items; when the log is full, shed those that no longer count."""
     if lru.size + pfns.size > lru.log.size:
-        log, old_stamps = lru.log[: lru.size], lru.stamps[: lru.size]
+        log, old_stamps = lru.log[lru.first : lru.size], lru.stamps[lru.first : lru.size]
         live = (mem.lru_stamp[log] == old_stamps) & (has(mem.flags[log], PG_lru))
         kept = places(live)
         capacity = max(lru.log.size, 2 * (kept.size + pfns.size))
@@ -193,7 +232,7 @@ def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
             np.concatenate((column[kept], np.empty(capacity - kept.size, dtype=np.int64)))
             for column in (log, old_stamps)
         )
-        lru.size = kept.size
+        lru.first, lru.size = 0, kept.size
     lru.log[lru.size : lru.size + pfns.size] = pfns
     lru.stamps[lru.size : lru.size + pfns.size] = stamps
     lru.size += pfns.size
@@ -201,8 +240,30 @@ def _append(mem: MemMap, lru: LruList, pfns: Pfns, stamps: Pfns) -> None:
 
 def lru_pages(mem: MemMap, lru: LruList) -> Pfns:
     """The pages on *lru*, oldest first, int64[nr_pages]."""
-    log, stamps = lru.log[: lru.size], lru.stamps[: lru.size]
+    return _live(mem, lru, lru.first, lru.size)
+
+
+def _live(mem: MemMap, lru: LruList, start: int, stop: int) -> Pfns:
+    """Those of the items [*start*, *stop*) of its log that count."""
+    log, stamps = lru.log[start:stop], lru.stamps[start:stop]
     return log[(mem.lru_stamp[log] == stamps) & (has(mem.flags[log], PG_lru))]
+
+
+def isolate_lru_pages(mem: MemMap, lru: LruList, count: int) -> Pfns:
+    """Take the *count* oldest pages off *lru*, with a reference each; oldest first.
+
+    Linux: isolate_lru_pages(), mm/vmscan.c.
+    """
+    with mem.locks.atomic:
+        parts = []
+        while count > 0 and lru.first < lru.size:
+            stop = min(lru.first + count, lru.size)
+            parts.append(_live(mem, lru, lru.first, stop))
+            lru.first = stop
+            count -= parts[-1].size
+        oldest = joined(parts)
+        _isolate(mem, oldest)
+    return oldest
 
 
 def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -211,11 +272,17 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
     Linux: isolate_lru_page(), mm/vmscan.c.
     """
     preempt("isolate_lru_page")
+    return _isolate(mem, pfns)
+
+
+def _isolate(mem: MemMap, pfns: Pfns) -> Mask:
     with mem.locks.atomic:
         flags = mem.flags[pfns]
         isolated = has(flags, PG_lru)
         taken = pfns if every(isolated) else pfns[isolated]
         mem.flags[rows(taken)] &= _NOT_LRU
+        if some(has(flags, PG_unevictable)):
+            mem.mlock_count[taken] = 0  # what it counts is lost off the list
         get_page(mem, taken)
         _del_from_lru(mem, taken, flags[isolated])
     return isolated
@@ -224,3 +291,65 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
 def putback_lru_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Undo isolate_lru_page(): back on a list, without the reference. Linux: mm/vmscan.c."""
     _pagevec_add(mem, pfns, cpu)  # with the reference that isolation took
+
+
+def move_pages_to_lru(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """Put isolated *pfns* on the lists that their flags name, at once; drops the references.
+
+    Linux: putback_inactive_pages() and move_active_pages_to_lru(), mm/vmscan.c.
+    """
+    if pfns.size:
+        with mem.locks.atomic:
+            _pagevec_lru_add(mem, pfns, cpu)
+
+
+def deactivate_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """Let those of *pfns* that are active go to the young end of the inactive list (MADV_COLD).
+
+    Linux: deactivate_page() and lru_deactivate_fn(), mm/swap.c, v5.4.
+    """
+    lru_add_drain(mem, cpu)
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        active = pfns[has(flags, PG_active) & has(flags, PG_lru) & ~has(flags, PG_unevictable)]
+        _isolate(mem, active)
+        mem.flags[active] &= _INACTIVE
+        move_pages_to_lru(mem, active, cpu)
+    mem.vmstat.add("pgdeactivate", active.size)
+
+
+def mark_page_lazyfree(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """The process can do without the contents of *pfns* (MADV_FREE), unless it stores to them.
+
+    Reclaim may drop them as long as they stay clean: the caller has cleaned their entries. They
+    wait in a pagevec first. Linux: mark_page_lazyfree(), mm/swap.c.
+    """
+    with mem.locks.atomic:
+        pfns = pfns[_can_be_freed(mem, pfns)]
+        get_page(mem, pfns)
+        pagevec = mem.lazyfree_pagevecs[cpu]
+        pagevec.push(pfns)
+        full = pagevec.size - pagevec.size % PAGEVEC_SIZE
+        if full:
+            waiting = pagevec.pop(pagevec.size)
+            pagevec.push(waiting[full:])
+            _lru_lazyfree(mem, waiting[:full], cpu)
+
+
+def _can_be_freed(mem: MemMap, pfns: Pfns) -> Mask:
+    flags = mem.flags[pfns]
+    kept_in_swap = has(flags, PG_swapbacked) & ~has(flags, _NOT_FREEABLE)
+    return kept_in_swap & has(flags, PG_lru) & page_anon(mem, pfns)
+
+
+def _lru_lazyfree(mem: MemMap, pfns: Pfns, cpu: int) -> None:
+    """Onto the inactive list of files, where reclaim looks first; with `atomic` held.
+
+    Linux: lru_lazyfree_fn(), mm/swap.c.
+    """
+    freeable = unique(pfns[_can_be_freed(mem, pfns)])
+    _isolate(mem, freeable)
+    mem.flags[freeable] &= _LAZYFREE
+    move_pages_to_lru(mem, freeable, cpu)
+    mem.vmstat.add("pglazyfree", freeable.size)
+    put_page(mem, pfns, cpu)

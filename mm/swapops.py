@@ -1,14 +1,14 @@
 """Entries that are not present: swap entries, and what Linux hides among them.
 
-        63      59 58                                   9 8 7      2 1 0
-       +----------+--------------------------------------+-+--------+-+-+
-       |   type   |           offset, inverted           |0|    0   |S|0|
-       +----------+--------------------------------------+-+--------+-+-+
+        63      59 58                                   9 8 7 6    2 1 0
+       +----------+--------------------------------------+-+-+------+-+-+
+       |   type   |           offset, inverted           |0|E|  0   |S|0|
+       +----------+--------------------------------------+-+-+------+-+-+
 
-S is the soft-dirty bit. The offset is inverted so that a processor which speculates on the
-entry finds no cacheable memory there (L1TF). For a page under migration, a device-private page
-and a poisoned page the offset is a PFN. Linux: include/linux/swapops.h,
-arch/x86/include/asm/pgtable_64.h.
+S is the soft-dirty bit; E says of a slot that no other process holds it (since v5.19). The
+offset is inverted so that a processor which speculates on the entry finds no cacheable memory
+there (L1TF). It is a slot of the swap area; for a page under migration, a device-private page
+and a poisoned page it is a PFN. Linux: include/linux/swapops.h, arch/x86/include/asm/pgtable_64.h.
 
 A present entry never has bits 62-59. So the types from SWP_HWPOISON up are told from everything
 else, and from one another, by comparing whole entries.
@@ -21,13 +21,14 @@ from typing import Final
 import numpy as np
 
 from mm.pgtable import pte_none, pte_present
-from mm.typing import Mask, Pfns, Ptes, Word, word
+from mm.typing import Mask, Pfns, Ptes, Slots, Word, word
 from mm.vectors import has
 
 SWP_TYPE_SHIFT: Final = word(59)
 SWP_OFFSET_SHIFT: Final = word(9)
 SWP_OFFSET_MASK: Final = word((1 << 50) - 1)
 SWP_SOFT_DIRTY: Final = word(1 << 1)
+SWP_EXCLUSIVE: Final = word(1 << 7)
 
 MAX_SWAPFILES_SHIFT: Final = 5
 MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1 - 2
@@ -76,6 +77,19 @@ def is_swap_pte(ptes: Ptes) -> Mask:
 def non_swap_entry(ptes: Ptes) -> Mask:
     """True for swap-type entries that stand for no swap slot. Linux: non_swap_entry()."""
     return ptes >= _first(MAX_SWAPFILES)
+
+
+def make_swap_entry(slots: Slots) -> Ptes:
+    """Entries that say that a page is in swap, in *slots* of the one area.
+
+    Linux: swp_entry_to_pte(), include/linux/swapops.h.
+    """
+    return swp_entry(0, slots)
+
+
+def is_swap_entry(ptes: Ptes) -> Mask:
+    """True where the page is in swap. Linux: is_swap_pte() without non_swap_entry()."""
+    return is_swap_pte(ptes) & ~non_swap_entry(ptes)
 
 
 def make_migration_entry(pfns: Pfns, write: Mask) -> Ptes:
@@ -145,6 +159,24 @@ def is_hwpoison_entry(ptes: Ptes) -> Mask:
     return (ptes >= _first(SWP_HWPOISON)) & (ptes < _first(SWP_MIGRATION_READ))
 
 
+def make_readable(ptes: Ptes) -> Ptes:
+    """The same entries without the right to store, whatever they stand for.
+
+    A migration entry keeps its soft-dirty bit; one for device memory loses it with the right, as
+    Linux has it. Linux: change_pte_range(), mm/mprotect.c; copy_nonpresent_pte(), mm/memory.c.
+    """
+    moving = is_write_migration_entry(ptes)
+    device = is_write_device_private_entry(ptes)
+    exclusive = is_write_device_exclusive_entry(ptes)
+    readable = ptes - moving * _NEXT_TYPE + (device | exclusive) * _NEXT_TYPE
+    return np.where(device, readable & ~SWP_SOFT_DIRTY, readable)
+
+
 def pte_swp_soft_dirty(ptes: Ptes) -> Mask:
     """True where a swap-type entry carries the soft-dirty bit. Linux: pte_swp_soft_dirty()."""
     return has(ptes, SWP_SOFT_DIRTY)
+
+
+def pte_swp_exclusive(ptes: Ptes) -> Mask:
+    """True where no other process holds the slot. Linux: pte_swp_exclusive(), asm/pgtable.h."""
+    return has(ptes, SWP_EXCLUSIVE)

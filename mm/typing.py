@@ -13,6 +13,7 @@ PAGE_SIZE: Final = 1 << PAGE_SHIFT
 Pfns: TypeAlias = NDArray[np.int64]  # page frame numbers
 Addresses: TypeAlias = NDArray[np.int64]  # virtual addresses, in bytes, page aligned
 Indices: TypeAlias = NDArray[np.int64]  # places in another vector, or in the table pool
+Slots: TypeAlias = NDArray[np.int64]  # places in the swap area
 Ptes: TypeAlias = NDArray[np.uint64]  # page-table entries
 Mask: TypeAlias = NDArray[np.bool_]
 Payload: TypeAlias = NDArray[np.uint8]  # contents, uint8[pages, 4096]

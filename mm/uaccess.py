@@ -23,7 +23,6 @@ from mm.pgtable import (
     _PAGE_DIRTY,
     _PAGE_PRESENT,
     _PAGE_RW,
-    _PAGE_SOFT_DIRTY,
     pte_offset,
     pte_pfn,
 )
@@ -38,7 +37,7 @@ BLOCK: Final = (
     1 << 16
 )  # pages that one pass faults in and touches; memset() is at its best on 256 MiB
 _STORE: Final = word(_PAGE_PRESENT | _PAGE_RW)  # what a store needs of an entry, and leaves in it
-_STORED: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
+_STORED: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY)  # by hardware; faults mark soft-dirty
 MAX_RETRIES: Final = 1000  # faults that changed nothing, in a row, before we call it a lockup
 
 

@@ -42,6 +42,13 @@ def distinct(values: NDArray[Any]) -> list[int]:
     return np.unique(values).tolist()
 
 
+def unique(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those of *values* that do not repeat an earlier one, in their order."""
+    if values.size > 1 and not every(values[1:] > values[:-1]):
+        return values[np.sort(np.unique(values, return_index=True)[1])]
+    return values
+
+
 def parted(values: NDArray[np.int64], mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Those of *values* where *mask* is true, and the others."""
     if every(mask):

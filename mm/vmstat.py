@@ -19,19 +19,40 @@ VMSTAT_NAMES: Final = (
     "nr_inactive_file",
     "nr_active_file",
     "nr_unevictable",
+    "nr_mlock",  # pages that some VM_LOCKED mapping keeps in memory
     "nr_isolated_anon",  # taken off a list by somebody who moves them
     "nr_anon_pages",  # mapped anonymous pages, device memory included
+    "nr_swapcached",  # pages in the swap cache
     "nr_page_table_pages",
     "nr_foll_pin_acquired",  # pins taken since boot: this one and the next only rise
     "nr_foll_pin_released",
     "pgalloc_dma",
     "pgalloc_dma32",
     "pgalloc_normal",
+    "numa_hit",  # pages that came from the node that was asked first
+    "numa_miss",  # pages that came from another, because that one had none
+    "numa_foreign",  # the same pages, as the node sees it that had none
+    "numa_interleave",  # pages that came from the node whose turn it was
+    "numa_local",  # pages that came from the node of the CPU that asked
+    "numa_other",
     "pgfree",
     "pgactivate",
     "pgdeactivate",
+    "pglazyfree",  # pages that MADV_FREE gave up
+    "pglazyfreed",  # those of them that reclaim took, contents and all
+    "pgscan_kswapd",  # pages that reclaim looked at
+    "pgscan_direct",
+    "pgsteal_kswapd",  # pages that it took
+    "pgsteal_direct",
+    "pswpin",
+    "pswpout",
+    "workingset_refault",  # pages that came back after reclaim had taken them
+    "workingset_activate",  # those that went to the active list at once
+    "workingset_restore",  # those that had been there before
     "pgfault",
     "pgmajfault",
+    "unevictable_pgs_mlocked",  # pages that became PG_mlocked
+    "unevictable_pgs_munlocked",
     "pgmigrate_success",  # base-page migration by the kernel; migrate_vma counts none
     "pgmigrate_fail",
     "zeropage_read_faults",  # ours: read faults that the zero page served

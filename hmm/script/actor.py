@@ -10,20 +10,27 @@ Each answer is a dict with the fields that `mmscript` prints, in its order:
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from hmm.script.language import Grammar, Operation
-from mm.errors import BusError, MmError, SegmentationFault
+from hmm.dmirror import Dmirror
+from hmm.dmirror_device import DmirrorDevice, MigrationRecord
+from hmm.script.answers import MAX_SHOWN, errno_name, error_name
+from hmm.script.language import Choice, Operation
+from hmm.script.operations import HANDLERS, UNCOUNTED, Answer, Refused, Unsupported
+from mm.errors import BusError, InvalidRange, MmError, SegmentationFault
+from mm.gup import Pin
 from mm.machine import Machine
+from mm.memparse import Size
 from mm.process import Process
-from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.sched import running
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, word
 from mm.vmstat import VMSTAT_NAMES
 
 BASE: Final = 0x1000_0000_0000  # of the first region
 STRIDE: Final = 1 << 30  # from one region to the next: no two share a PMD table
 MAX_REGIONS: Final = 64
+MAX_PAGES: Final = 4096  # that one operation of the CPU touches
 
 # Counters whose changes every answer shows.
 COUNTED: Final = (
@@ -47,33 +54,10 @@ COUNTED: Final = (
     "pglazyfree",
 )
 
+_SHOWN_BITS: Final = word(0xB)  # VALID, MIGRATE and WRITE
 _KEPT: Final = [name for name in COUNTED if name in VMSTAT_NAMES]
 
-Answer: TypeAlias = dict[str, Any]
-Handler: TypeAlias = Callable[..., Answer]
-
-GRAMMARS: Final[dict[str, Grammar]] = {}
-_HANDLERS: Final[dict[str, tuple[Handler, bool]]] = {}
-
-
-def operation(usage: str, *, counted: bool = True) -> Callable[[Handler], Handler]:
-    """Let the function answer the operation whose grammar is *usage*.
-
-    It is called with the Actor and the words of the line, and answers what follows `op`.
-    Without *counted* the answer shows no counters.
-    """
-
-    def register(handler: Handler) -> Handler:
-        grammar = Grammar(usage)
-        GRAMMARS[grammar.name] = grammar
-        _HANDLERS[grammar.name] = handler, counted
-        return handler
-
-    return register
-
-
-class Refused(Exception):
-    """The operation cannot begin; the message is the answer: NOREGION, EUSAGE, ECHILD."""
+T = TypeVar("T")
 
 
 class Region(NamedTuple):
@@ -104,11 +88,42 @@ class Pages(NamedTuple):
         return range(self.addr, self.addr + self.nbytes, PAGE_SIZE)
 
 
-class Host:
-    """The computer that a script runs on: that of the recorded kernel."""
+class File(Generic[T]):
+    """Something open, closed when the last process lets go of it. Linux: struct file."""
 
-    def __init__(self) -> None:
-        self.machine = Machine(("1GiB", "1GiB"), cpus=2)
+    def __init__(self, held: T, close: Callable[[T], object]) -> None:
+        self.held = held
+        self.holders = 1
+        self._close = close
+
+    def close(self) -> None:
+        """Close it, whoever else has it open."""
+        self._close(self.held)
+
+    def put(self) -> None:
+        """One holder less. Linux: fput()."""
+        self.holders -= 1
+        if self.holders == 0:
+            self.close()
+
+
+class Host:
+    """The computer that a script runs on: by default that of the recorded kernel."""
+
+    def __init__(self, nodes: Sequence[Size] = ("1GiB", "1GiB")) -> None:
+        self.machine = Machine(nodes, swap="128MiB", cpus=2)
+        self.records: list[MigrationRecord] = []  # of all devices, in the order of time
+        self.devices: dict[int, DmirrorDevice] = {}
+        self.vmstat = dict(self.machine.vmstat)  # at the last `vmstat`
+        self.longterm_test: list[Pin] = []  # what the kernel's test of long pins holds
+
+    def device(self, number: int) -> DmirrorDevice:
+        """One of the four: 0 and 1 have private memory, 2 and 3 public."""
+        if number not in self.devices:
+            device = DmirrorDevice(self.machine, number, public=number >= 2)
+            device.records = self.records
+            self.devices[number] = device
+        return self.devices[number]
 
 
 class Actor:
@@ -119,44 +134,89 @@ class Actor:
         self.process = process
         self.who = who
         self.regions: list[Region] = []
+        self.mirrors: dict[int, File[Dmirror]] = {}  # that it opened, by device
+        self.inherited: dict[int, File[Dmirror]] = {}  # that its parent had opened
+        self.pins: list[tuple[str, str, File[list[Pin]]]] = []  # name, method, what they hold
+        self.files: list[File[Any]] = []  # everything it has open
 
     def perform(self, op: Operation) -> Answer:
         """Run *op* and answer for it."""
-        handler, counted = _HANDLERS[op.name]
         vmstat = self.host.machine.vmstat
         before = {name: vmstat[name] for name in _KEPT}
-        answer = {"i": op.line, "who": self.who, "op": op.text}
+        self.host.records.clear()
+        answer: Answer = {"i": op.line, "who": self.who, "op": op.text}
         try:
-            answer |= handler(self, *op.arguments, **op.options)
+            with running(self.process):
+                answer |= HANDLERS[op.name](self, *op.arguments, **op.options)
         except Refused as refused:
             return answer | {"ret": str(refused)}
+        except Unsupported as error:
+            answer |= {"ret": error_name(error), "why": error.strerror}
         except MmError as error:
             answer["ret"] = error_name(error)
+        if self.host.records:
+            answer["mv"] = [migration(record, self.regions) for record in self.host.records]
         changed = {name: vmstat[name] - n for name, n in before.items() if vmstat[name] != n}
-        return answer | ({"vm": changed} if counted and changed else {})
+        if changed and op.name not in UNCOUNTED:
+            answer["vm"] = changed
+        return answer
 
-    def pages(self, name: str | None, first: int = 0, count: int = 1) -> Pages:
+    def pages(self, name: str | None, first: int = 0, npages: int = 1) -> Pages:
         """Pages of the region called *name*. Raises Refused."""
         for region in self.regions:
             if region.name == name:
-                return Pages(region, first, count)
+                return Pages(region, first, npages)
         raise Refused("NOREGION")
+
+    def mirror(self, choice: Choice) -> Dmirror:
+        """The open file of the chosen device, opened now where it is not. Raises Refused."""
+        number = choice.device
+        opened = self.inherited if choice.inherited else self.mirrors
+        if number not in opened:
+            if choice.inherited:
+                raise Refused("EBADF")
+            mirror = Dmirror(self.host.device(number), self.process)
+            opened[number] = self.opened(File(mirror, Dmirror.close))
+        return opened[number].held
+
+    def opened(self, file: File[T]) -> File[T]:
+        """Have *file* open from now on."""
+        self.files.append(file)
+        return file
+
+    def put(self, file: File[Any]) -> None:
+        """Let go of *file*. Linux: close(2)."""
+        self.files.remove(file)
+        file.put()
+
+    def exit(self) -> None:
+        """End the process: memory first, then what it has open. Linux: do_exit()."""
+        self.process.exit()
+        for file in tuple(self.files):
+            self.put(file)
 
     def signal(self, error: MmError) -> str:
         """How a process hears of *error* where it touched memory: by a signal."""
         if isinstance(error, BusError):
             return "SIGBUS/ADRERR"
+        if isinstance(error, InvalidRange):
+            return "SIGSEGV/MAPERR"  # beyond what a process can have
         if isinstance(error, SegmentationFault):
             mapped = self.process.find_vma(error.address) is not None
             return "SIGSEGV/ACCERR" if mapped else "SIGSEGV/MAPERR"
         return error_name(error)
 
 
-def error_name(error: MmError) -> str:
-    """The errno of *error* by name: "EINVAL"."""
-    return errno.errorcode[error.code]
-
-
-def options(given: Mapping[str, Any], *names: str) -> str:
-    """Those of *names* that are *given*, as a flags string: "move|strict"."""
-    return "|".join(name for name in names if given.get(name))
+def migration(record: MigrationRecord, regions: list[Region]) -> Answer:
+    """One run of migrate_vma() as an answer shows it, with a hex digit for each page."""
+    answer: Answer = {"k": record.kind, "d": record.device, "r": "?", "f": -1, "n": record.npages}
+    for region in regions:
+        if 0 <= record.start - region.addr < region.npages << PAGE_SHIFT:
+            answer |= {"r": region.name, "f": (record.start - region.addr) >> PAGE_SHIFT}
+    if record.errno:
+        return answer | {"setup": errno_name(record.errno)}
+    answer |= {"setup": 0, "cpages": record.cpages}
+    for name in ("src0", "dst", "src1"):
+        words = getattr(record, name)[:MAX_SHOWN] & _SHOWN_BITS
+        answer[name] = "".join(f"{word:x}" for word in words.tolist())
+    return answer

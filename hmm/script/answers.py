@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import errno
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mm.errors import MmError
 from mm.typing import PAGE_SIZE, Payload
 
-FNV_OFFSET: Final = 0xCBF2_9CE4_8422_2325
-FNV_PRIME: Final = 0x100_0000_01B3
+WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 MAX_SHOWN: Final = 64  # pages of which every single word or class is shown
+
+_FNV_OFFSET: Final = 0xCBF2_9CE4_8422_2325
+_FNV_PRIME: Final = 0x100_0000_01B3
+_OTHER_NAMES: Final = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EDEADLK: "EDEADLK"}
+_WORD: Final = (1 << 64) - 1
 
 
 def runs(values: Iterable[Any]) -> list[list[Any]]:
@@ -21,26 +26,40 @@ def runs(values: Iterable[Any]) -> list[list[Any]]:
     return [[value, sum(1 for _ in same)] for value, same in groupby(values)]
 
 
-def fnv(words: NDArray[np.uint64]) -> str:
-    """Hash of *words*, uint64[n], as FNV-1a does it with bytes; 16 hex digits."""
-    hashed, mask = FNV_OFFSET, (1 << 64) - 1
-    for word in words.tolist():
-        hashed = (hashed ^ word) * FNV_PRIME & mask
+def errno_name(code: int) -> str:
+    """The name of an errno, where it has two that which strerrorname_np(3) gives."""
+    return _OTHER_NAMES.get(code) or errno.errorcode[code]
+
+
+def error_name(error: MmError) -> str:
+    """The errno of *error* by name, such as EINVAL."""
+    return errno_name(error.code)
+
+
+def status_name(status: int) -> int | str:
+    """A node as it is, a negative errno by its name."""
+    return status if status >= 0 else errno_name(-status)
+
+
+def fnv(data: Payload) -> str:
+    """Hash of the 64-bit words of *data*, uint8[n, 4096]; 16 hex digits.
+
+    As FNV-1a, but it takes a word at a time instead of a byte.
+    """
+    hashed = _FNV_OFFSET
+    for word in data.view(np.uint64).ravel().tolist():
+        hashed = (hashed ^ word) * _FNV_PRIME & _WORD
     return f"{hashed:016x}"
 
 
-def words_of(data: Payload) -> NDArray[np.uint64]:
-    """The 64-bit words of uint8[n, 4096], uint64[n, 512]."""
-    return np.ascontiguousarray(data).view(np.uint64).reshape(-1, PAGE_SIZE // 8)
-
-
 def contents(data: Payload) -> dict[str, Any]:
-    """The first word of each page, where they are few, and the hash of all: `w` and `h`."""
-    words = words_of(data)
-    shown = {"w": hexes(words[:, 0].tolist())} if len(words) <= MAX_SHOWN else {}
-    return shown | {"h": fnv(words.reshape(-1))}
+    """What a device read, uint8[n, 4096]: the first word of each of a few pages, and the hash."""
+    firsts = data.view(np.uint64)[:, 0] if len(data) <= MAX_SHOWN else None
+    shown = {} if firsts is None else {"w": [f"{word:x}" for word in firsts.tolist()]}
+    return shown | {"h": fnv(data)}
 
 
-def hexes(words: Sequence[int]) -> list[str]:
-    """*words* in hexadecimal, without a prefix."""
-    return [f"{word:x}" for word in words]
+def pages_of_words(value: int, npages: int) -> Payload:
+    """Pages of which page i holds the word *value* + i all over, uint8[npages, 4096]."""
+    words = np.uint64(value) + np.arange(npages, dtype=np.uint64)
+    return words.repeat(WORDS_PER_PAGE).view(np.uint8).reshape(npages, PAGE_SIZE)

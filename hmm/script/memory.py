@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Final
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from hmm.script.actor import (
-    BASE,
-    MAX_REGIONS,
-    STRIDE,
-    Actor,
-    Answer,
-    Refused,
-    Region,
-    operation,
-    options,
-)
-from hmm.script.answers import fnv
-from mm.errors import InvalidArgument, MmError
+from hmm.script.actor import BASE, MAX_PAGES, MAX_REGIONS, STRIDE, Actor, Region
+from hmm.script.answers import error_name, fnv, pages_of_words
+from hmm.script.operations import Answer, Refused, Unsupported, operation
+from mm.errors import MmError
+from mm.pgtable import PMD_SIZE
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
 
-MAX_PAGES: Final = 4096  # that one operation touches
-_WORDS: Final = PAGE_SIZE // 8
-_MASK: Final = (1 << 64) - 1
+WORD: int = 8  # bytes
 
 
-def touched(actor: Actor, access: Callable[[], object]) -> tuple[int | str, Answer]:
-    """Let the CPU *access* memory: 0 or the signal that the process gets, and the faults taken."""
+def faulting(actor: Actor, call: Callable[[], Answer], name: Callable[[MmError], str]) -> Answer:
+    """What *call* answers, or the error's *name*; and the faults that it took."""
     process = actor.process
     minor, major = process.min_flt, process.maj_flt
-    ret: int | str = 0
     try:
-        access()
+        answer = call()
     except MmError as error:
-        ret = actor.signal(error)
-    return ret, {"minflt": process.min_flt - minor, "majflt": process.maj_flt - major}
+        answer = {"ret": name(error)}
+    return answer | {"minflt": process.min_flt - minor, "majflt": process.maj_flt - major}
 
 
-def _load_into(words: list[str], actor: Actor, addr: int) -> None:
-    words.append(load(actor, addr))
-
-
-def load(actor: Actor, addr: int) -> str:
-    """The 64-bit word at *addr* by a CPU load, in hexadecimal."""
-    return f"{int.from_bytes(actor.process.read(addr, 8), 'little'):x}"
+# Mapping ----------------------------------------------------------------------------------------
 
 
 @operation("mmap NAME pages KIND PROT [populate] [locked] [noreserve] [off=K]")
@@ -54,83 +35,209 @@ def mmap(
     actor: Actor,
     name: str,
     npages: int,
-    kind: str | None,
-    prot: str,
+    kind: str,
+    prot: str | None,
     *,
     off: int = 0,
     **given: bool,
 ) -> Answer:
-    if kind is None or len(actor.regions) == MAX_REGIONS:
+    """Map a new region."""
+    if prot is None or len(actor.regions) == MAX_REGIONS:
         raise Refused("EUSAGE")
     if kind != "anon":
-        raise InvalidArgument(f"mmap: {kind} memory cannot be mapped so far, only anon")
+        raise Unsupported(f"mmap: memory of kind {kind}; so far there is anon")
     addr = BASE + len(actor.regions) * STRIDE + (off << PAGE_SHIFT)
-    flags = options({"anon": True, "private": True} | given, "anon", "private", *given)
-    actor.process.mmap(npages << PAGE_SHIFT, prot, flags, addr=addr)
+    how = "|".join(["anon", "private", *given])
+    actor.process.mmap(npages << PAGE_SHIFT, prot, how, addr=addr)
     actor.regions.append(Region(name, addr, npages))
     return {"ret": 0}
 
 
 @operation("munmap NAME first n")
 def munmap(actor: Actor, name: str, first: int, n: int) -> Answer:
+    """munmap(2)."""
     pages = actor.pages(name, first, n)
     actor.process.munmap(pages.addr, pages.nbytes)
     return {"ret": 0}
 
 
+@operation("mprotect NAME first n PROT")
+def mprotect(actor: Actor, name: str, first: int, n: int, prot: str | None) -> Answer:
+    """mprotect(2)."""
+    pages = actor.pages(name, first, n)
+    actor.process.mprotect(pages.addr, pages.nbytes, prot or "-")
+    return {"ret": 0}
+
+
+@operation("madvise NAME first n ADVICE")
+def madvise(actor: Actor, name: str, first: int, n: int, advice: str) -> Answer:
+    """madvise(2); where the advice is to populate, with the faults that it took."""
+    pages = actor.pages(name, first, n)
+
+    def call() -> Answer:
+        actor.process.madvise(pages.addr, pages.nbytes, advice)
+        return {"ret": 0}
+
+    if advice.startswith("populate"):
+        return faulting(actor, call, error_name)
+    return call()
+
+
+@operation("mremap NAME first n NEW newn [dontunmap]")
+def mremap(
+    actor: Actor,
+    name: str,
+    first: int,
+    n: int,
+    new: str | None,
+    newn: int | None,
+    *,
+    dontunmap: bool = False,
+) -> Answer:
+    """Move pages to a new region, at the same place inside 2 MiB."""
+    pages = actor.pages(name, first, n)
+    if new is None or len(actor.regions) == MAX_REGIONS:
+        raise Refused("EUSAGE")
+    npages = n if newn is None else newn
+    to = BASE + len(actor.regions) * STRIDE + pages.addr % PMD_SIZE
+    how = "maymove|fixed|dontunmap" if dontunmap else "maymove|fixed"
+    actor.process.mremap(pages.addr, pages.nbytes, npages << PAGE_SHIFT, how, to)
+    actor.regions.append(Region(new, to, npages))
+    return {"ret": 0}
+
+
+@operation("mlock NAME first n")
+def mlock(actor: Actor, name: str, first: int, n: int) -> Answer:
+    """mlock(2), with the faults that it took."""
+    pages = actor.pages(name, first, n)
+
+    def call() -> Answer:
+        actor.process.mlock(pages.addr, pages.nbytes)
+        return {"ret": 0}
+
+    return faulting(actor, call, error_name)
+
+
+@operation("mlock_onfault NAME first n")
+def mlock_onfault(actor: Actor, name: str, first: int, n: int) -> Answer:
+    """mlock2(2) with MLOCK_ONFAULT."""
+    pages = actor.pages(name, first, n)
+    actor.process.mlock(pages.addr, pages.nbytes, onfault=True)
+    return {"ret": 0}
+
+
+@operation("munlock NAME first n")
+def munlock(actor: Actor, name: str, first: int, n: int) -> Answer:
+    """munlock(2)."""
+    pages = actor.pages(name, first, n)
+    actor.process.munlock(pages.addr, pages.nbytes)
+    return {"ret": 0}
+
+
+# Loads and stores -------------------------------------------------------------------------------
+
+
+def word(data: bytes) -> str:
+    """A 64-bit word from memory, in hexadecimal."""
+    return f"{int.from_bytes(data, 'little'):x}"
+
+
 @operation("write NAME page V")
 def write(actor: Actor, name: str, page: int, value: int) -> Answer:
+    """A store to the first word of a page."""
     addr = actor.pages(name, page).addr
-    ret, faults = touched(actor, lambda: actor.process.write(addr, np.uint64(value).tobytes()))
-    return {"ret": ret} | faults
+
+    def call() -> Answer:
+        actor.process.write(addr, value.to_bytes(WORD, "little"))
+        return {"ret": 0}
+
+    return faulting(actor, call, actor.signal)
 
 
 @operation("read NAME page")
 def read(actor: Actor, name: str, page: int) -> Answer:
+    """A load from the first word of a page."""
     addr = actor.pages(name, page).addr
-    words: list[str] = []
-    ret, faults = touched(actor, partial(_load_into, words, actor, addr))
-    return {"ret": ret} | dict(zip("v", words, strict=False)) | faults
+    return faulting(
+        actor, lambda: {"ret": 0, "v": word(actor.process.read(addr, WORD))}, actor.signal
+    )
 
 
 @operation("fill NAME first n V")
 def fill(actor: Actor, name: str, first: int, n: int, value: int) -> Answer:
+    """Stores V + i to every word of page i, up to the first signal."""
     pages = actor.pages(name, first, min(n, MAX_PAGES))
-    done = 0
+    data = pages_of_words(value, len(pages.addrs))
 
-    def store() -> None:
-        nonlocal done
-        for word, addr in enumerate(pages.addrs, value):
-            actor.process.write(addr, np.full(_WORDS, word & _MASK, dtype=np.uint64))
-            done += 1
+    def store(i: int, addr: int) -> None:
+        actor.process.write(addr, data[i])
 
-    ret, faults = touched(actor, store)
-    return {"ret": ret} | ({} if ret == 0 else {"at": done}) | faults
+    return _in_turn(actor, pages.addrs, store)
 
 
 @operation("sum NAME first n")
 def sum_(actor: Actor, name: str, first: int, n: int) -> Answer:
+    """Loads every word of the pages, up to the first signal, and hashes them."""
     pages = actor.pages(name, first, min(n, MAX_PAGES))
-    data = bytearray()
+    data = np.empty((len(pages.addrs), PAGE_SIZE), dtype=np.uint8)
 
-    def loads() -> None:
-        for addr in pages.addrs:
-            data.extend(actor.process.read(addr, PAGE_SIZE))
+    def load(i: int, addr: int) -> None:
+        data[i] = np.frombuffer(actor.process.read(addr, PAGE_SIZE), dtype=np.uint8)
 
-    ret, faults = touched(actor, loads)
-    if ret != 0:
-        return {"ret": ret, "at": len(data) // PAGE_SIZE} | faults
-    return {"ret": 0, "h": fnv(np.frombuffer(data, dtype=np.uint64))} | faults
+    answer = _in_turn(actor, pages.addrs, load)
+    return answer if answer["ret"] else {"ret": 0, "h": fnv(data)} | answer
+
+
+def _in_turn(actor: Actor, addrs: Iterable[int], access: Callable[[int, int], object]) -> Answer:
+    """Let the CPU *access* page after page; `at` is the page that brought a signal."""
+    done = 0
+
+    def call() -> Answer:
+        nonlocal done
+        for addr in addrs:
+            access(done, addr)
+            done += 1
+        return {"ret": 0}
+
+    answer = faulting(actor, call, actor.signal)
+    return answer if answer["ret"] == 0 else {"ret": answer["ret"], "at": done} | answer
 
 
 @operation("readn NAME first n")
 def readn(actor: Actor, name: str, first: int, n: int) -> Answer:
+    """Loads the first word of each page; a signal stands in place of its word."""
     pages = actor.pages(name, first, min(n, MAX_PAGES))
-    words: list[str] = []
-    total = {"minflt": 0, "majflt": 0}
-    for addr in pages.addrs:
-        ret, faults = touched(actor, partial(_load_into, words, actor, addr))
-        if ret != 0:
-            words.append(str(ret).partition("/")[0].removeprefix("SIG"))
-        total = {name: count + faults[name] for name, count in total.items()}
-    return {"ret": 0, "w": words} | total
+
+    def call() -> Answer:
+        words = []
+        for addr in pages.addrs:
+            try:
+                words.append(word(actor.process.read(addr, WORD)))
+            except MmError as error:
+                words.append(actor.signal(error).partition("/")[0].removeprefix("SIG"))
+        return {"ret": 0, "w": words}
+
+    return faulting(actor, call, actor.signal)
+
+
+@operation("memread NAME page")
+def memread(actor: Actor, name: str, page: int) -> Answer:
+    """A word through /proc/self/mem, which passes over what the mapping forbids."""
+    addr = actor.pages(name, page).addr
+
+    def call() -> Answer:
+        data = actor.process.mem_read(addr, WORD)
+        return {"ret": len(data), "v": word(data)}
+
+    return faulting(actor, call, error_name)
+
+
+@operation("memwrite NAME page V")
+def memwrite(actor: Actor, name: str, page: int, value: int) -> Answer:
+    """The same, to write."""
+    addr = actor.pages(name, page).addr
+
+    def call() -> Answer:
+        return {"ret": actor.process.mem_write(addr, value.to_bytes(WORD, "little"))}
+
+    return faulting(actor, call, error_name)

@@ -4,24 +4,62 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from typing import Any, Final
 
-from hmm.script import memory, state
-from hmm.script.actor import GRAMMARS, Actor, Answer, Host
+from hmm.script import devices, memory, nodes, pins, state
+from hmm.script.actor import Actor, Host
 from hmm.script.language import parse
+from hmm.script.operations import GRAMMARS, Answer, Unsupported, operation
 
-OPERATIONS = (memory, state)  # the files whose operations there are
+OPERATIONS: Final = (memory, state, devices, nodes, pins)  # the files that have operations
+NOT_YET: Final = (
+    "fork C",
+    "wait C",
+    "child C",
+    "cmp C NAME first n",
+    "uffd_reg NAME first n UFFD",
+    "uffd_unreg NAME first n",
+    "uffd_copy NAME first n V",
+    "uffd_wp NAME first n [off]",
+    "ksm PASSES",
+    "filewrite NAME page V",
+    "ftruncate NAME pages",
+)
 
 
-def answers(name: str, lines: Iterable[str]) -> Iterator[Answer]:
-    """Perform the script *name* on a fresh computer; an answer for each operation.
+def _not_yet(usage: str) -> None:
+    @operation(usage)
+    def refuse(actor: Actor, *words: Any, **given: Any) -> Answer:
+        raise Unsupported(f"{usage.split(maxsplit=1)[0]}: the model has no such thing yet")
 
-    Raises ParseError at a line that is no operation, when what stands before it is done.
+
+for _usage in NOT_YET:
+    _not_yet(_usage)
+
+
+def answers(
+    name: str, lines: Iterable[str], *, host: Host | None = None, verify: bool = False
+) -> Iterator[Answer]:
+    """Perform the script *name*, by default on a fresh computer; an answer for each operation.
+
+    verify: check every rule of the model at the end. Raises ParseError at a line that is no
+    operation, when what stands before it is done. Whatever else is raised is a bug of the model,
+    with a note that says at which line.
     """
-    host = Host()
-    with host.machine.spawn("script") as process:
-        actor = Actor(host, process)
-        for operation in parse(GRAMMARS, name, lines):
-            yield actor.perform(operation)
+    host = host or Host()
+    actor = Actor(host, host.machine.spawn("script"))
+    try:
+        for op in parse(GRAMMARS, name, lines):
+            try:
+                answer = actor.perform(op)
+            except Exception as error:
+                error.add_note(f"{name}, line {op.line}: {op.text}")
+                raise
+            yield answer
+        if verify:
+            host.machine.verify()
+    finally:
+        actor.exit()
 
 
 def json_line(answer: Answer) -> str:

@@ -12,6 +12,7 @@ from mm.gfp import GFP_ATOMIC, GFP_KERNEL, Gfp
 from mm.mm_init import build_nodes
 from mm.mmzone import DMA32_END, DMA_END, MAX_ORDER
 from mm.page_alloc import (
+    MAX_RECLAIM_RETRIES,
     PCP_BATCH,
     PCP_HIGH,
     alloc_pages,
@@ -336,6 +337,28 @@ class TestAllocPagesBulk:
         assert {0} == set(mem.page_to_nid(there).tolist())
         assert 0 == alloc_pages_bulk(mem, Gfp.THISNODE, 1, 1).size
 
+    @pytest.mark.parametrize(("nid", "nodes"), [(0, {1}), (1, {1}), (0, {0, 1}), (1, [0])])
+    def test_nodes_of_a_policy(self, nid, nodes):
+        """Where they are given no other node helps out, however much it has."""
+        mem = memory(*MIXED)
+
+        pfns = alloc_pages_bulk(mem, GFP_KERNEL, nid, 20_000, nodes=nodes)
+
+        assert set(nodes) == set(mem.page_to_nid(pfns).tolist())
+        assert 0 == alloc_pages_bulk(mem, GFP_KERNEL, nid, 1, nodes=()).size
+
+    def test_reclaim_on_a_node_of_the_policy(self):
+        """Direct reclaim is asked where its pages can be used."""
+        mem = memory(*MIXED)
+        alloc_pages_bulk(mem, GFP_KERNEL, 1, 20_000, nodes={1})
+        asked = []
+        for node in mem.nodes:
+            node.reclaim = lambda gfp, wanted, nid=node.nid: asked.append(nid) or 0
+
+        alloc_pages_bulk(mem, GFP_KERNEL, 0, 1, nodes={1})
+
+        assert [1] == asked
+
     @pytest.mark.parametrize("step", [1, 2])
     def test_zero_wipes_the_contents(self, step):
         """ZERO leaves nothing of what was there, in one run or in fragments."""
@@ -359,23 +382,58 @@ class TestAllocPagesBulk:
         assert 15 == alloc_pages_bulk(mem, GFP_KERNEL, 0, 15, cpu=0).size
         assert 5 == alloc_pages_bulk(mem, GFP_KERNEL, 0, 100, cpu=0).size
 
-    def test_reclaim_is_asked_once(self):
-        """Direct reclaim hears what is wanted, and what it frees is taken."""
+    def test_reclaim_is_asked_while_it_helps(self):
+        """Direct reclaim hears what is wanted, and what it frees is taken, as long as it does."""
         mem = memory(4096)
         held = alloc_pages_bulk(mem, GFP_KERNEL, 0, 5000)
-        asked = []
-        mem.nodes[0].reclaim = lambda *args: asked.append(args) or put(mem, held[:60]) or 60
+        asked, yields = [], [held[:60], held[60:70], held[:0]]
+
+        def reclaim(nids, wanted):
+            asked.append((nids, wanted))
+            freed = yields[len(asked) - 1]
+            put(mem, freed)
+            return freed.size
+
+        mem.nodes[0].reclaim = reclaim
 
         got = alloc_pages_bulk(mem, GFP_KERNEL, 0, 100)
 
-        assert [(GFP_KERNEL, 100)] == asked
-        assert 60 == got.size
+        assert [([0], 100)] * 3 == asked
+        assert 70 == got.size
+
+    def test_reclaim_in_vain_is_given_up(self):
+        """Frames that are freed where the request may not look do not keep it busy for ever."""
+        mem = memory(4096)
+        alloc_pages_bulk(mem, GFP_KERNEL, 0, 5000)
+        asked = []
+        mem.nodes[0].reclaim = lambda *args: asked.append(args) or 1
+
+        assert 0 == alloc_pages_bulk(mem, GFP_KERNEL, 0, 1).size
+        assert MAX_RECLAIM_RETRIES == len(asked)
+
+    def test_kswapd_is_woken_when_every_zone_is_low(self):
+        """Not before: what is above the low watermark somewhere is taken from there."""
+        mem = memory(DMA_END, DMA_END)
+        woken = []
+        for node in mem.nodes:
+            node.kswapd = lambda nid=node.nid: woken.append(nid) or 0
+        zones = system_zones(mem)
+        spare = sum(zone.nr_free - zone.watermark[1] for zone in zones)
+
+        got = alloc_pages_bulk(mem, GFP_KERNEL, 0, spare - zones[1].lowmem_reserve.get("DMA", 0))
+        assert [] == woken
+        more = alloc_pages_bulk(mem, GFP_KERNEL, 0, 1)
+
+        assert [0, 1] == woken
+        assert 1 == more.size
+        assert [zone.watermark[1] for zone in zones] != [zone.nr_free for zone in zones]
+        put(mem, np.concatenate((got, more)))
 
     def test_reclaim_is_for_those_who_may_wait(self):
         """A request without DIRECT_RECLAIM fails at once."""
         mem = memory(4096)
         alloc_pages_bulk(mem, GFP_ATOMIC, 0, 5000)
-        mem.nodes[0].reclaim = lambda gfp, wanted: pytest.fail("reclaimed")
+        mem.nodes[0].reclaim = lambda nids, wanted: pytest.fail("reclaimed")
 
         assert 0 == alloc_pages_bulk(mem, GFP_ATOMIC, 0, 100).size
 
@@ -403,6 +461,7 @@ class TestAllocPagesBulk:
 
         dma = np.count_nonzero(held < DMA_END)
         expected = {"pgalloc_dma": dma, "pgalloc_dma32": 5000 - dma, "pgfree": 100}
+        expected |= {"numa_hit": 5000, "numa_local": 5000}
         assert expected | {"nr_free_pages": -4900} == delta
         assert ["mm_page_alloc", "mm_page_free"] == heard
 
@@ -429,7 +488,7 @@ class TestAllocPages:
             alloc_pages(mem, GFP_KERNEL, 7, 0)
 
         assert "wanted a block of order 7 (0x80 pages) on node 0 with gfp 0x20;" in str(error.value)
-        assert "free are node 0 DMA [0x1, 0x1000): 1*4kB " in str(error.value)
+        assert "free are node 0 DMA [0x1, 0x1000): 2*4kB " in str(error.value)
         assert "*8kB" in str(error.value)
         assert "ask for a lower order" in str(error.value)
 

@@ -1,0 +1,352 @@
+"""Reclaim: pages that nobody uses go to swap, and their frames to those who need them.
+
+    who asks        try_to_free_pages   an allocation that found nothing (direct reclaim)
+                    balance_pgdat       one that found little (kswapd), up to the high watermarks
+                    reclaim_pages       a process, for pages of its own (MADV_PAGEOUT)
+    which pages     shrink_node         some of each LRU list, more of it in each round
+                    shrink_active_list  the oldest active pages become inactive
+    how they go     shrink_page_list    lock, look whether they are used, give a slot, unmap, write,
+                                        free; what cannot go is put back
+
+A page starts active. Deactivated it has until the end of the inactive list to be used again, which
+the accessed bits of its mappings tell. Kswapd runs in the thread that finds memory low, so that the
+same calls reclaim the same pages. Linux: mm/vmscan.c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import isqrt
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.filemap import trylock_page, unlock_page
+from mm.locking import preempt
+from mm.mmzone import Lru, Node
+from mm.page_alloc import MAX_RECLAIM_RETRIES, drain_all_pages
+from mm.page_flags import (
+    PG_active,
+    PG_dirty,
+    PG_mlocked,
+    PG_referenced,
+    PG_swapbacked,
+    PG_swapcache,
+    PG_workingset,
+)
+from mm.page_io import swap_writepage
+from mm.rmap import page_mapped, page_referenced, try_to_unmap_to_swap
+from mm.swap import (
+    isolate_lru_page,
+    isolate_lru_pages,
+    lru_add_drain_all,
+    move_pages_to_lru,
+    page_maybe_dma_pinned,
+    put_page,
+)
+from mm.swap_slots import nr_swap_pages, vm_swap_full
+from mm.swap_state import add_to_swap, delete_from_swap_cache
+from mm.swapfile import free_swap_cache, try_to_free_swap
+from mm.trace import TracePoint
+from mm.types import MemMap
+from mm.typing import PAGE_SHIFT, Mask, Pfns, word
+from mm.vectors import every, has, places, some, unique
+from mm.workingset import workingset_eviction
+
+SWAP_CLUSTER_MAX: Final = 32  # pages that reclaim takes at least, once it has begun
+DEF_PRIORITY: Final = 12  # the first round looks at 1/4096 of each list, the last at all of it
+
+_INACTIVE: Final = word(~PG_active)
+_UNREFERENCED: Final = word(~PG_referenced)
+
+mm_vmscan_lru_shrink_inactive: Final = TracePoint("mm_vmscan_lru_shrink_inactive")
+
+
+# Who asks ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ScanControl:
+    """What a run of reclaim is to do, and has done. Linux: struct scan_control, mm/vmscan.c."""
+
+    nr_to_reclaim: int
+    who: str  # "kswapd" or "direct", which counts
+    priority: int = DEF_PRIORITY
+    nr_reclaimed: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Pages that are still to be reclaimed."""
+        return self.nr_to_reclaim - self.nr_reclaimed
+
+
+def kswapd_init(mem: MemMap) -> None:
+    """Let the allocator have memory reclaimed when it is short. Linux: kswapd_init()."""
+    for node in mem.nodes:
+        node.reclaim = partial(try_to_free_pages, mem)
+        node.kswapd = partial(balance_pgdat, mem, node)
+
+
+def try_to_free_pages(mem: MemMap, nids: list[int], wanted: int) -> int:
+    """Reclaim *wanted* pages, or a few more, of the nodes *nids*; how many it were.
+
+    Linux: try_to_free_pages(), mm/vmscan.c.
+    """
+    sc = ScanControl(max(wanted, SWAP_CLUSTER_MAX), "direct")
+    lru_add_drain_all(mem)
+    for sc.priority in range(DEF_PRIORITY, -1, -1):
+        for nid in nids:
+            shrink_node(mem, mem.nodes[nid], sc)
+        if sc.missing <= 0:
+            break
+    return sc.nr_reclaimed
+
+
+def balance_pgdat(mem: MemMap, node: Node) -> int:
+    """Reclaim pages of *node* until a zone has its high watermark free; how many.
+
+    A node where that was in vain many times is left alone until direct reclaim finds something.
+    Linux: balance_pgdat(), mm/vmscan.c, which kswapd runs.
+    """
+    if node.kswapd_failures >= MAX_RECLAIM_RETRIES or pgdat_balanced(node):
+        return 0
+    enough = sum(max(zone.watermark[2], SWAP_CLUSTER_MAX) for zone in node.zones)
+    reclaimed, sc = 0, ScanControl(enough, "kswapd")
+    lru_add_drain_all(mem)
+    while sc.priority >= 0 and not pgdat_balanced(node):
+        sc.nr_reclaimed = 0
+        shrink_node(mem, node, sc)
+        drain_all_pages(mem)
+        reclaimed += sc.nr_reclaimed
+        if sc.missing > 0:
+            sc.priority -= 1
+    if not reclaimed:
+        node.kswapd_failures += 1
+    return reclaimed
+
+
+def pgdat_balanced(node: Node) -> bool:
+    """True where some zone of *node* has its high watermark free. Linux: pgdat_balanced()."""
+    top = node.zones[-1].name
+    return any(
+        zone.nr_free >= zone.watermark[2] + zone.lowmem_reserve.get(top, 0) for zone in node.zones
+    )
+
+
+def reclaim_pages(mem: MemMap, pfns: Pfns) -> int:
+    """Swap *pfns* out, whether or not they are used (MADV_PAGEOUT); how many frames that freed.
+
+    What is on no LRU list stays, as does what cannot go. Linux: reclaim_pages(), v5.4.
+    """
+    lru_add_drain_all(mem)
+    pfns = unique(pfns)
+    return shrink_page_list(mem, pfns[isolate_lru_page(mem, pfns)], ignore_references=True)
+
+
+# Which pages ------------------------------------------------------------------------------------
+
+
+def shrink_node(mem: MemMap, node: Node, sc: ScanControl) -> None:
+    """Scan some of each list of *node*, oldest pages first, until enough is reclaimed.
+
+    Linux: shrink_node() and shrink_node_memcg(), mm/vmscan.c.
+    """
+    before = sc.nr_reclaimed
+    nr = get_scan_count(mem, node, sc)
+    while some(nr) and sc.missing > 0:
+        for lru in (Lru.INACTIVE_FILE, Lru.ACTIVE_FILE, Lru.INACTIVE_ANON, Lru.ACTIVE_ANON):
+            batch = min(nr.item(lru), max(SWAP_CLUSTER_MAX, sc.missing))
+            if batch:
+                nr[lru] -= batch
+                shrink_list(mem, node, lru, batch, sc)
+    if inactive_list_is_low(mem, node, Lru.INACTIVE_ANON):
+        shrink_active_list(mem, node, Lru.ACTIVE_ANON, SWAP_CLUSTER_MAX)
+    if sc.nr_reclaimed > before:
+        node.kswapd_failures = 0
+
+
+def get_scan_count(mem: MemMap, node: Node, sc: ScanControl) -> NDArray[np.int64]:
+    """How many pages of each list to scan in this round, int64[lists].
+
+    Anonymous pages are left alone while no slot is free, and while the inactive pages of files
+    (those that MADV_FREE gave up, so far) are many. Linux: get_scan_count(), mm/vmscan.c.
+    """
+    sizes = np.array([node.lruvec[lru].nr_pages for lru in Lru])
+    nr = sizes >> sc.priority
+    nr[Lru.UNEVICTABLE] = 0
+    if not nr_swap_pages(mem.swap) or (
+        nr[Lru.INACTIVE_FILE] and not inactive_list_is_low(mem, node, Lru.INACTIVE_FILE)
+    ):
+        nr[[Lru.INACTIVE_ANON, Lru.ACTIVE_ANON]] = 0
+    return nr
+
+
+def shrink_list(mem: MemMap, node: Node, lru: Lru, nr_to_scan: int, sc: ScanControl) -> None:
+    """Scan the oldest *nr_to_scan* pages of one list. Linux: shrink_list(), mm/vmscan.c."""
+    if lru in (Lru.ACTIVE_ANON, Lru.ACTIVE_FILE):
+        if inactive_list_is_low(mem, node, Lru(lru - 1)):
+            shrink_active_list(mem, node, lru, nr_to_scan)
+        return
+    shrink_inactive_list(mem, node, lru, nr_to_scan, sc)
+
+
+def inactive_list_is_low(mem: MemMap, node: Node, inactive: Lru) -> bool:
+    """True where the active list is too long for the *inactive* one before it.
+
+    The larger they are, the smaller a share has to be inactive: half of 1 GiB, a quarter of 10.
+    Linux: inactive_list_is_low(), mm/vmscan.c.
+    """
+    if inactive == Lru.INACTIVE_ANON and not mem.swap.pages:
+        return False
+    few, many = node.lruvec[inactive].nr_pages, node.lruvec[inactive + 1].nr_pages
+    gigabytes = (few + many) >> (30 - PAGE_SHIFT)
+    return few * (isqrt(10 * gigabytes) or 1) < many
+
+
+def shrink_active_list(mem: MemMap, node: Node, lru: Lru, nr_to_scan: int) -> None:
+    """Move the oldest *nr_to_scan* pages of *lru* to its inactive list, as if never used.
+
+    Linux: shrink_active_list(), mm/vmscan.c.
+    """
+    preempt("shrink_active_list")
+    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan)
+    page_referenced(mem, pfns)
+    with mem.locks.atomic:
+        mem.flags[pfns] = mem.flags[pfns] & _INACTIVE | PG_workingset
+    move_pages_to_lru(mem, pfns)
+    mem.vmstat.add("pgdeactivate", pfns.size)
+
+
+def shrink_inactive_list(
+    mem: MemMap, node: Node, lru: Lru, nr_to_scan: int, sc: ScanControl
+) -> None:
+    """Reclaim what has not been used of the oldest *nr_to_scan* pages of *lru*.
+
+    Linux: shrink_inactive_list(), mm/vmscan.c.
+    """
+    preempt("shrink_inactive_list")
+    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan)
+    nr_reclaimed = shrink_page_list(mem, pfns)
+    sc.nr_reclaimed += nr_reclaimed
+    mem.vmstat.add(f"pgscan_{sc.who}", pfns.size)
+    mem.vmstat.add(f"pgsteal_{sc.who}", nr_reclaimed)
+    if mm_vmscan_lru_shrink_inactive:
+        mm_vmscan_lru_shrink_inactive(
+            nid=node.nid, nr_scanned=pfns.size, nr_reclaimed=nr_reclaimed, priority=sc.priority
+        )
+
+
+# How they go ------------------------------------------------------------------------------------
+
+
+def shrink_page_list(mem: MemMap, pfns: Pfns, *, ignore_references: bool = False) -> int:
+    """Reclaim isolated *pfns* (distinct) and drop their references; how many were freed.
+
+    Each step lets some pages go on to the next; the others go back to the lists, those that are
+    used to the active ones. With *ignore_references* it does not matter whether they are used.
+    Linux: shrink_page_list(), mm/vmscan.c.
+    """
+    locked = pfns[trylock_page(mem, pfns)]
+    going = locked[~has(mem.flags[locked], PG_mlocked)]
+    if not ignore_references:
+        going = _unreferenced(mem, going)
+    going = _with_a_slot(mem, going)
+    going = _unmapped(mem, going)
+    going = pageout(mem, going)
+    freed = remove_mapping(mem, going)
+    unlock_page(mem, locked)
+    kept = pfns if not freed.size else pfns[~np.isin(pfns, freed, assume_unique=True)]
+    free_swap_cache(mem, kept)  # whose last mapping or entry has gone meanwhile
+    move_pages_to_lru(mem, kept)
+    put_page(mem, freed)
+    return freed.size
+
+
+def _activate(mem: MemMap, pfns: Pfns) -> None:
+    """Let locked *pfns*, which stay, go back to the active list; swap may be short of their slots.
+
+    Linux: activate_locked in shrink_page_list(), mm/vmscan.c.
+    """
+    if not pfns.size:
+        return
+    if vm_swap_full(mem.swap):
+        try_to_free_swap(mem, pfns)
+    with mem.locks.atomic:
+        mem.flags[pfns] |= PG_active
+    mem.vmstat.add("pgactivate", pfns.size)
+
+
+def _go_on(mem: MemMap, pfns: Pfns, may: Mask) -> Pfns:
+    """Those of *pfns* that *may*; the others become active."""
+    if every(may):
+        return pfns
+    _activate(mem, pfns[~may])
+    return pfns[may]
+
+
+def _unreferenced(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Go on with what was not used since it was deactivated. Linux: page_check_references().
+
+    A page that MADV_FREE gave up needs no second chance: a load does not take it back.
+    """
+    referenced = page_referenced(mem, pfns) & has(mem.flags[pfns], PG_swapbacked)
+    with mem.locks.atomic:
+        mem.flags[pfns] &= _UNREFERENCED
+    return _go_on(mem, pfns, ~referenced)
+
+
+def _with_a_slot(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Go on with what has its place in swap, or needs none."""
+    flags = mem.flags[pfns]
+    homeless = has(flags, PG_swapbacked) & ~has(flags, PG_swapcache)
+    if not some(homeless):
+        return pfns
+    may = ~homeless
+    unpinned = places(homeless & ~page_maybe_dma_pinned(mem, pfns))
+    may[unpinned] = add_to_swap(mem, pfns[unpinned])
+    return _go_on(mem, pfns, may)
+
+
+def _unmapped(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Take all mappings away; go on with what has none left."""
+    try_to_unmap_to_swap(mem, pfns)
+    return _go_on(mem, pfns, ~page_mapped(mem, pfns))
+
+
+def pageout(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Write what is dirty of *pfns* (locked, unmapped, with a slot); those that may be freed.
+
+    What others hold is not written, as they may change it still; it stays dirty, in the swap
+    cache. A page whose write fails stays as well, active. Linux: pageout(), mm/vmscan.c.
+    """
+    dirty = has(mem.flags[pfns], PG_dirty) & has(mem.flags[pfns], PG_swapcache)
+    if not some(dirty):
+        return pfns
+    may = ~dirty
+    freeable = places(dirty & (mem.refcount[pfns] == 2))  # the cache's and ours
+    may[freeable] = try_to_free_swap(mem, pfns[freeable])  # nobody will ask for it any more
+    freeable = freeable[~may[freeable]]
+    may[freeable] = swap_writepage(mem, pfns[freeable])
+    if not every(may[freeable]):
+        _activate(mem, pfns[freeable[~may[freeable]]])
+    return pfns[may]
+
+
+def remove_mapping(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Take *pfns* (locked, unmapped) out of the swap cache; those that only the caller holds now.
+
+    A page that somebody else has found or changed meanwhile stays.
+    Linux: __remove_mapping(), mm/vmscan.c.
+    """
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        cached = has(flags, PG_swapcache)
+        ours = mem.refcount[pfns] == 1 + cached
+        ours &= ~(cached & has(flags, PG_dirty))
+        leaving = pfns[ours & cached]
+        delete_from_swap_cache(mem, leaving, workingset_eviction(mem, leaving))
+        lazyfree = ours & ~cached & ~has(flags, PG_swapbacked)
+    mem.vmstat.add("pglazyfreed", int(np.count_nonzero(lazyfree)))
+    return pfns[ours]
