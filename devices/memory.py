@@ -43,6 +43,7 @@ from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE
 from mm.process import Process
 from mm.rmap import rmap_walk
+from mm.sched import running
 from mm.swap import get_page, put_page
 from mm.swapops import is_device_private_entry, swp_offset
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
@@ -182,7 +183,7 @@ class DeviceMemory(ABC):
         self._check_open()
         moved = Moved()
         mm = process.mm
-        with mm.mmap_sem.read():
+        with running(process), mm.mmap_sem.read():
             spans = _vma_spans(mm, addr, memparse(nbytes))
             self._make_room_for(mm, spans)
             for vma, start, end in spans:
@@ -210,7 +211,7 @@ class DeviceMemory(ABC):
         """Migrate the pages of [*addr*, *addr* + *nbytes*) that are here back."""
         moved = Moved()
         mm = process.mm
-        with mm.mmap_sem.read():
+        with running(process), mm.mmap_sem.read():
             for vma, start, end in _vma_spans(mm, addr, memparse(nbytes)):
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
         return moved

@@ -125,8 +125,7 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
     if not every(private):
         present = pte_present(ptes)
         zero = present & pte_special(ptes)
-        empty = pte_none(ptes)
-        _collect_holes(migrate, run, empty | zero if migrate.select & SELECT_SYSTEM else empty)
+        _collect_holes(migrate, run, pte_none(ptes) | zero & bool(migrate.select & SELECT_SYSTEM))
         if migrate.select & SELECT_SYSTEM:
             system = places(_wanted(migrate, run, present ^ zero))
             if system.size:
@@ -172,7 +171,7 @@ def _collect_pages(
     migrate: MigrateVma, run: Run, at: Indices, pfns: Pfns, kind: Word
 ) -> _Collected:
     """Enter *pfns*, found at places *at* of the run, in src; unmap those that can be locked."""
-    mem, ptes = migrate.mem, run.ptes
+    mem, vma, ptes = migrate.mem, migrate.vma, run.ptes
     mapping = mem.mapping[rows(pfns)]
     if not every(mapping):
         at, pfns = at[mapping != 0], pfns[mapping != 0]
@@ -186,11 +185,11 @@ def _collect_pages(
 
     # The reference that the mapping of a locked page held becomes the migration's.
     if every(locked):
-        ptes[at] = unmap_to_migration_entries(mem, found, pfns)
+        ptes[at] = unmap_to_migration_entries(vma, found, pfns)
         return _Collected(entries, pfns, NO_PAGES)
     migrate.src[entries[~locked]] &= ~MIGRATE_PFN_LOCKED
     get_page(mem, pfns[~locked])
-    ptes[at[locked]] = unmap_to_migration_entries(mem, found[locked], pfns[locked])
+    ptes[at[locked]] = unmap_to_migration_entries(vma, found[locked], pfns[locked])
     return _Collected(entries, pfns, entries[~locked])
 
 

@@ -374,10 +374,12 @@ def _serve(walk: HmmVmaWalk, vma: Vma, fault: _Fault) -> None:
     if some(is_migration_entry(ptes[:1])):
         walk.wait(swp_offset(ptes[:1]))
         return
+    lost = places(is_hwpoison_entry(ptes))
+    if lost.size and not lost[0]:
+        raise _fault_error(mm, fault.addr, VmFault.HWPOISON)
     if fault.write and not vma.vm_flags & VM_WRITE:
         raise PermissionDenied(f"{mm.name}: a store at {fault.addr:#x} is not allowed by {vma!r}")
-    lost = places(is_hwpoison_entry(ptes))
-    if lost.size:  # the first of them ends it
+    if lost.size:  # the faults end with the first of them
         addrs, ptes = addrs[: lost.item(0) + 1], ptes[: lost.item(0) + 1]
     faults = walk.fault(vma, addrs, ptes, write=fault.write)
     failed = places(faults & VM_FAULT_ERROR)

@@ -23,6 +23,7 @@ from mm.page_flags import (
     PG_dirty,
     PG_locked,
     PG_lru,
+    PG_mlocked,
     PG_reserved,
     PG_swapbacked,
     PG_swapcache,
@@ -53,7 +54,7 @@ from mm.swapops import (
     swp_offset,
     swp_type,
 )
-from mm.types import VM_WRITE, MemMap, MmStruct, Vma
+from mm.types import VM_LOCKED, VM_WRITE, MemMap, MmStruct, Vma, vma_pages
 from mm.typing import PAGE_SHIFT, Addresses, Mask, Pfns, Ptes
 from mm.vectors import some
 
@@ -79,14 +80,16 @@ class Census(NamedTuple):
     """What page tables hold, counted anew.
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
-    waiting: migration entries for each PFN; taken: exclusive entries for each PFN; held:
-    references from pagevecs, pins and the swap cache, by PFN; swapped: entries that hold each slot.
+    waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins and the swap cache, by
+    PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
     mapped: NDArray[np.int32]
     waiting: NDArray[np.int32]
     taken: NDArray[np.int32]
+    locked: NDArray[np.int32]
     held: NDArray[np.int32]
     swapped: NDArray[np.int32]
 
@@ -95,14 +98,15 @@ def _take_census(mem: MemMap) -> Census:
     zones = [zone for zone in mem.zones if zone is not None]
     spans = [np.arange(zone.start_pfn, zone.end_pfn) for zone in zones]
     pages = np.sort(np.concatenate(spans))
-    mapped, waiting, taken, held = (np.zeros(mem.limit_pfn, dtype=np.int32) for _ in range(4))
+    mapped, waiting, taken, locked, held = np.zeros((5, mem.limit_pfn), dtype=np.int32)
     swapped = np.zeros(mem.swap.max, dtype=np.int32)
     one = np.int32(1)
     for mm in mem.mms:
-        for _, _, ptes in _entries(mm):
+        for vma, _, ptes in _entries(mm):
             normal = pte_present(ptes) & ~pte_special(ptes)
             for counts, pfns in (
                 (mapped, pte_pfn(ptes[normal])),
+                (locked, pte_pfn(ptes[normal & bool(vma.vm_flags & VM_LOCKED)])),
                 (mapped, swp_offset(ptes[is_device_private_entry(ptes)])),
                 (waiting, swp_offset(ptes[is_migration_entry(ptes)])),
                 (taken, swp_offset(ptes[is_device_exclusive_entry(ptes)])),
@@ -117,7 +121,7 @@ def _take_census(mem: MemMap) -> Census:
     held[mem.zero_pfn] += 1
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
-    return Census(pages, mapped, waiting, taken, held, swapped)
+    return Census(pages, mapped, waiting, taken, locked, held, swapped)
 
 
 def _entries(mm: MmStruct) -> Iterator[tuple[Vma, Addresses, Ptes]]:
@@ -178,11 +182,11 @@ def check_free_pages(mem: MemMap, census: Census) -> Complaints:
         "refcount", system, unused & ~free[system], "nobody holds it, yet it is not free"
     )
     yield from _complain("refcount", system, ~unused & free[system], "held, yet on a free list")
-    for name in ("flags", "mapcount", "mapping", "index", "private", "lock_owner"):
+    for name in ("flags", "mapcount", "mapping", "index", "private", "mlock_count", "lock_owner"):
         stained = free[system] & (getattr(mem, name)[system] != 0)
         yield from _complain(name, system, stained, "not 0 on a free page")
     unused = mem.refcount[device] == FREE_REFCOUNT
-    for name in ("mapcount", "mapping", "index", "private", "lock_owner"):
+    for name in ("mapcount", "mapping", "index", "private", "mlock_count", "lock_owner"):
         stained = unused & (getattr(mem, name)[device] != 0)
         yield from _complain(name, device, stained, "not 0 on a free device page")
 
@@ -234,6 +238,23 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     yield from _complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
 
 
+def check_mlocked(mem: MemMap, census: Census) -> Complaints:
+    """Only what VM_LOCKED memory maps is mlocked, and all of that is off reclaim's lists."""
+    pages = census.pages
+    flags = mem.flags[pages]
+    mlocked, unevictable = (flags & PG_mlocked) != 0, (flags & PG_unevictable) != 0
+    free = mlocked & ((census.locked[pages] == 0) | mem.is_zone_device_page(pages))
+    yield from _complain("flags", pages, free, "mlocked, but in no VM_LOCKED memory")
+    astray = ((flags & PG_lru) != 0) & (mlocked != unevictable)
+    yield from _complain("flags", pages, astray, "mlocked and unevictable do not agree")
+    most = np.where(mlocked, census.locked[pages], 0)
+    wrong = (mem.mlock_count[pages] < 0) | (mem.mlock_count[pages] > most)
+    yield from _complain("mlock_count", pages, wrong, "more than map it of VM_LOCKED memory")
+    count = int(np.count_nonzero(mlocked))
+    if mem.vmstat["nr_mlock"] != count:
+        yield f"nr_mlock: says {mem.vmstat['nr_mlock']}, {count} pages are mlocked"
+
+
 def check_lru(mem: MemMap, census: Census) -> Complaints:
     """Each PG_lru page stands once in the log of its list; a mapped page is there or on its way."""
     system = census.pages[census.pages < mem.max_pfn]
@@ -257,6 +278,8 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
         count = sum(node.lruvec[lru].nr_pages for node in mem.nodes)
         if mem.vmstat[name] != count:
             yield f"{name}: says {mem.vmstat[name]}, the lists hold {count}"
+    if mem.vmstat["nr_isolated_anon"]:
+        yield f"nr_isolated_anon: says {mem.vmstat['nr_isolated_anon']}, yet nobody moves pages"
     waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for pagevec in mem.pagevecs:
         waiting[pagevec.live()] = True
@@ -375,21 +398,45 @@ def check_anon_vmas(mem: MemMap, census: Census) -> Complaints:
 
 
 def check_vmas(mem: MemMap, census: Census) -> Complaints:
-    """VMAs ascend without overlap; nothing is mapped outside them."""
+    """VMAs ascend without overlap, on nodes that there are; nothing is mapped outside them."""
+    nodes = {node.nid for node in mem.nodes}
     for mm in mem.mms:
-        total, end = 0, 0
+        total, locked, end = 0, 0, 0
         for vma in mm.vmas:
+            if vma.vm_policy is not None and not nodes.issuperset(vma.vm_policy.nodes):
+                yield f"vm_policy: {vma!r} of {mm.name} wants {vma.vm_policy}"
             if not end <= vma.vm_start < vma.vm_end:
                 yield f"vma: {vma!r} of {mm.name} overlaps what ends at {end:#x}"
-            total += (vma.vm_end - vma.vm_start) >> PAGE_SHIFT
+            total += vma_pages(vma)
+            locked += vma_pages(vma) if vma.vm_flags & VM_LOCKED else 0
             end = vma.vm_end
         if total != mm.total_vm:
             yield f"total_vm: {mm.name} says {mm.total_vm}, its VMAs span {total} pages"
+        if locked != mm.locked_vm:
+            yield f"locked_vm: {mm.name} says {mm.locked_vm}, {locked} pages are VM_LOCKED"
         inside = sum(ptes.size for _, _, ptes in _entries(mm))
         runs = walk_page_range(mem.tables, mm.pgd, 0, 1 << 57, holes=False)
         everywhere = sum(int(np.count_nonzero(run.ptes)) for run in runs)
         if inside != everywhere:
             yield f"page table: {mm.name} maps {everywhere - inside} pages outside its VMAs"
+
+
+def check_notifiers(mem: MemMap, census: Census) -> Complaints:
+    """Nothing is being invalidated; interval notifiers ascend, with counts that differ from it."""
+    for mm in mem.mms:
+        if mm.invalidating:
+            yield f"invalidating: {mm.name} is between start and end of {mm.invalidating[0]}"
+        elif mm.invalidate_seq & 1:
+            yield f"invalidate_seq: {mm.name} says {mm.invalidate_seq}, and nothing is invalidated"
+        starts = [notifier.start for notifier in mm.interval_notifiers]
+        if starts != sorted(starts):
+            yield f"interval_notifiers: those of {mm.name} do not ascend"
+        for notifier in mm.interval_notifiers:
+            seq = notifier.invalidate_seq
+            if notifier.mm is not mm or not notifier.start < notifier.end:
+                yield f"interval_notifiers: {notifier!r} is not at home in {mm.name}"
+            if not seq & 1 or seq > mm.invalidate_seq:
+                yield f"invalidate_seq: {notifier!r} says {seq}, {mm.name} {mm.invalidate_seq}"
 
 
 def check_tables(mem: MemMap) -> Complaints:
@@ -420,11 +467,13 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_free_pages,
     check_counts,
     check_flags,
+    check_mlocked,
     check_lru,
     check_swap,
     check_entries,
     check_anon_vmas,
     check_vmas,
+    check_notifiers,
 )
 
 

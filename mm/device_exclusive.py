@@ -86,7 +86,7 @@ def _make_exclusive(vma: Vma, addrs: Addresses, pfns: Pfns) -> Mask:
         mem.flags[pfns[mapped & pte_dirty(ptes)]] |= PG_dirty
     entries = make_device_exclusive_entry(pfns, writable) | pte_soft_dirty(ptes) * SWP_SOFT_DIRTY
     mem.tables.entries[at[mapped]] = entries[mapped]
-    page_remove_rmap(mem, pfns[mapped])
+    page_remove_rmap(vma, pfns[mapped])
     return writable
 
 
@@ -129,4 +129,4 @@ def restore_exclusive_pte(vma: Vma, at: Indices, ptes: Ptes) -> None:
     entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
     entries |= is_write_device_exclusive_entry(ptes) * maybe_mkwrite(vma)
     mem.tables.entries[at] = entries | pte_swp_soft_dirty(ptes) * _PAGE_SOFT_DIRTY
-    page_add_anon_rmap(mem, pfns)
+    page_add_anon_rmap(vma, pfns)

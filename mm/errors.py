@@ -34,6 +34,18 @@ class OutOfMemory(MmError):
     code = errno.ENOMEM
 
 
+class NotMapped(MmError):
+    """ENOMEM: nothing is mapped in a part of the range."""
+
+    code = errno.ENOMEM
+
+
+class TryAgain(MmError):
+    """EAGAIN: memory was short; the same call may succeed later."""
+
+    code = errno.EAGAIN
+
+
 class OutOfRange(MmError):
     """ERANGE: physical address space has no hole of that size."""
 
@@ -50,6 +62,12 @@ class PermissionDenied(MmError):
     """EPERM: the mapping does not allow that access."""
 
     code = errno.EPERM
+
+
+class AccessDenied(MmError):
+    """EACCES: what is mapped may never be accessed that way."""
+
+    code = errno.EACCES
 
 
 class InputOutputError(MmError):
@@ -112,6 +130,12 @@ class BusError(MmError):
     def __init__(self, address: int, message: str) -> None:
         super().__init__(message)
         self.address = address
+
+
+class HwPoison(MmError):
+    """EHWPOISON: the contents of a page of the range are lost."""
+
+    code = 133  # EHWPOISON, for which `errno` has no name
 
 
 class KernelBug(AssertionError):

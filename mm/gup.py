@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from mm.device_exclusive import make_device_exclusive
-from mm.errors import InvalidArgument, KernelBug, MmError
+from mm.errors import BusError, HwPoison, InvalidArgument, KernelBug, MmError, NotMapped
 from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
@@ -28,8 +28,10 @@ from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_referenced
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_soft_dirty, pte_write
 from mm.swap import GUP_PIN_COUNTING_BIAS, get_page, put_page
 from mm.types import (
+    VM_ACCESS_FLAGS,
     VM_FAULT_ERROR,
     VM_IO,
+    VM_LOCKONFAULT,
     VM_MAYREAD,
     VM_MAYWRITE,
     VM_PFNMAP,
@@ -82,7 +84,12 @@ class Pin:
         return GUP_PIN_COUNTING_BIAS if self.gup_flags & FOLL_PIN else 1
 
     def counted(self, pfns: Pfns) -> Pfns:
-        """Those of *pfns* whose count it raises: the zero page stays without a pin's help."""
+        """Those of *pfns* whose count it raises: the zero page stays without a pin's help.
+
+        Without FOLL_GET and FOLL_PIN, who wants pages to be there wants no hold on them.
+        """
+        if not self.gup_flags & (FOLL_GET | FOLL_PIN):
+            return NO_PAGES
         held = pfns >= 0
         if self.gup_flags & FOLL_PIN:
             held &= pfns != self.mem.zero_pfn
@@ -352,3 +359,72 @@ def make_device_exclusive_range(mm: MmStruct, addrs: Addresses, owner: object) -
         taken[there[alone]] = pfns[alone]
         get_page(mem, pfns[alone])
     return taken
+
+
+def populate_vma_page_range(vma: Vma, start: int, end: int) -> MmError | None:
+    """Fault in [*start*, *end*) of *vma*, pages in device memory too; none if VM_LOCKONFAULT.
+
+    Private memory that may be written is faulted in as for a store, so that none of it is shared
+    afterwards. The answer says why it stopped, if it did: SegmentationFault where the VMA allows no
+    access at all, BusError, OutOfMemory. The caller holds mmap_sem for read.
+    Linux: populate_vma_page_range(), mm/gup.c.
+    """
+    if vma.vm_flags & VM_LOCKONFAULT:
+        return None
+    flags = FOLL_TOUCH
+    if vma.vm_flags & (VM_WRITE | VM_SHARED) == VM_WRITE:
+        flags |= FOLL_WRITE
+    if vma.vm_flags & VM_ACCESS_FLAGS:
+        flags |= FOLL_FORCE
+    return _fault_in(vma.vm_mm, start, end, flags)
+
+
+def _fault_in(mm: MmStruct, start: int, end: int, gup_flags: int) -> MmError | None:
+    """get_pages() for their being there alone."""
+    with Pin(mm.mem, gup_flags) as pin:
+        return get_pages(mm, page_range(start, end - start), pin)
+
+
+def mm_populate(mm: MmStruct, start: int, length: int, *, ignore_errors: bool = True) -> None:
+    """Fault in what is mapped of [*start*, *start* + *length*). Takes mmap_sem for read.
+
+    A VMA that cannot be faulted in is passed over; unless *ignore_errors*, what
+    populate_vma_page_range() answers is raised. Linux: __mm_populate(), mm/gup.c.
+    """
+    addr, end = start, start + length
+    while addr < end:
+        with mm.mmap_sem.read():
+            vma = find_vma(mm, addr)
+            if vma is None or vma.vm_start >= end:
+                return
+            addr, first = min(vma.vm_end, end), max(vma.vm_start, addr)
+            if vma.vm_flags & (VM_IO | VM_PFNMAP):
+                continue
+            failure = populate_vma_page_range(vma, first, addr)
+            if failure is not None and not ignore_errors:
+                raise failure
+
+
+def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> None:
+    """Fault in [*start*, *end*) as loads or stores of the process would. Takes mmap_sem for read.
+
+    What comes before a place where that fails is faulted in. Raises NotMapped at a hole,
+    InvalidArgument where the VMA forbids it, HwPoison, OutOfMemory.
+    Linux: faultin_page_range(), mm/gup.c, v6.10.
+    """
+    flags, addr = FOLL_TOUCH | (FOLL_WRITE if write else 0), start
+    while addr < end:
+        with mm.mmap_sem.read():
+            vma = find_vma(mm, addr)
+            if vma is None or vma.vm_start > addr:
+                raise NotMapped(f"{mm.name}: nothing is mapped at {addr:#x}")
+            if not check_vma_flags(vma, flags):
+                what = "write to" if write else "read of"
+                raise InvalidArgument(f"{mm.name}: {what} {addr:#x} is not allowed by {vma!r}")
+            stop = min(vma.vm_end, end)
+            failure = _fault_in(mm, addr, stop, flags)
+            if isinstance(failure, BusError):
+                raise HwPoison(f"populate: {failure.strerror}") from failure
+            if failure is not None:
+                raise failure
+            addr = stop

@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait_on_page_locked
+from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.highmem import copy_highpages
 from mm.locking import cond_resched, preempt
+from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
@@ -45,7 +47,7 @@ Errnos: TypeAlias = NDArray[np.int32]  # for each page 0, or a negative errno
 # Gives a frame for each page that is to move; for the first of them only, where memory is short.
 NewPages: TypeAlias = Callable[[Pfns], Pfns]
 
-NR_MAX_BATCHED_MIGRATION: Final = 512  # pages that are on their way at the same time
+NR_MAX_BATCHED_MIGRATION: Final = 1 << 13  # pages on their way at a time; 512 since v6.3
 NR_MAX_MIGRATE_PAGES_RETRY: Final = 10
 NR_MAX_MIGRATE_ASYNC_RETRY: Final = 3  # of them, that pass over a locked page
 
@@ -140,6 +142,16 @@ def migrate_page_add(mem: MemMap, pfns: Pfns) -> Mask:
     return isolated
 
 
+def alloc_migration_target(mem: MemMap, nid: int) -> NewPages:
+    """Frames of *nid* and no other node. Linux: alloc_migration_target(), mm/migrate.c, v5.9."""
+
+    def get_new_pages(pfns: Pfns) -> Pfns:
+        gfp = GFP_HIGHUSER_MOVABLE | Gfp.THISNODE
+        return alloc_pages_bulk(mem, gfp, nid, pfns.size, current_task().cpu)
+
+    return get_new_pages
+
+
 def putback_movable_pages(mem: MemMap, pfns: Pfns) -> None:
     """Undo migrate_page_add(). Linux: putback_movable_pages(), mm/migrate.c."""
     putback_lru_page(mem, pfns, current_task().cpu)
@@ -162,14 +174,12 @@ def migrate_pages(mem: MemMap, pfns: Pfns, get_new_pages: NewPages) -> Errnos:
                 break
     finally:
         putback_movable_pages(mem, pfns[status != 0])
-    moved, stuck = (
-        int(np.count_nonzero(status == 0)),
-        int(np.count_nonzero(status == -errno.EAGAIN)),
-    )
-    short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
-    mem.vmstat.add("nr_isolated_anon", -moved)
-    mem.vmstat.add("pgmigrate_success", moved)
-    mem.vmstat.add("pgmigrate_fail", stuck + short)
+        moved = int(np.count_nonzero(status == 0))
+        stuck = int(np.count_nonzero(status == -errno.EAGAIN))
+        short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
+        mem.vmstat.add("nr_isolated_anon", -moved)
+        mem.vmstat.add("pgmigrate_success", moved)
+        mem.vmstat.add("pgmigrate_fail", stuck + short)
     return status
 
 
@@ -223,14 +233,14 @@ def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bo
 
 
 def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
-    """Unlock both; keep new[i] where it has *moved* and old[i] elsewhere, and free the other.
+    """Unlock both; put new[i] on a list where it has *moved*, and free what is left over.
 
-    References go before the page locks: whoever waits for a page may migrate it next.
+    The locks go first: ours may be the last reference, if others have unmapped the page.
     """
     cpu = current_task().cpu
-    putback_lru_page(mem, new[moved], cpu)
-    lru_add_drain(mem, cpu)
     unlock_page(mem, new)
     unlock_page(mem, old)
+    putback_lru_page(mem, new[moved], cpu)
+    lru_add_drain(mem, cpu)
     put_page(mem, new[~moved], cpu)
     put_page(mem, old[moved], cpu)

@@ -1,19 +1,36 @@
-"""Address spaces: mapping, unmapping, splitting and merging VMAs. Linux: mm/mmap.c."""
+"""Address spaces: mapping and unmapping. Linux: mm/mmap.c."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import partial
 from typing import Final
 
 from mm.errors import InvalidArgument, InvalidRange, OutOfMemory
-from mm.memory import zap_page_range
-from mm.mempolicy import Mempolicy, mpol_equal
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_release
+from mm.memory import zap_pte_range
+from mm.mmu_notifier import (
+    ULONG_MAX,
+    MmuNotifyEvent,
+    call_each,
+    mmu_notifier_range,
+    mmu_notifier_release,
+)
 from mm.pagewalk import free_pgtables
-from mm.rmap import anon_vma_clone, unlink_anon_vmas
+from mm.rmap import unlink_anon_vmas
 from mm.trace import TracePoint
-from mm.types import VM_SOFTDIRTY, MmStruct, Vma, vma_pages
+from mm.types import (
+    VM_ACCOUNT,
+    VM_LOCKED,
+    VM_NORESERVE,
+    VM_SHARED,
+    VM_SOFTDIRTY,
+    VM_WRITE,
+    MmStruct,
+    Vma,
+    vma_pages,
+)
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
+from mm.vma import VmaMerge, insert_vma, split_vma, vma_merge
 
 TASK_SIZE_MAX: Final = (1 << 56) - PAGE_SIZE  # what five levels reach when asked by address
 MMAP_BASE: Final = 0x7FFF_F7FF_F000  # below the stack; areas grow down from here
@@ -42,8 +59,9 @@ def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
     """Map *length* bytes of anonymous private memory; the address.
 
     With *addr* the area goes there and replaces what was there (MAP_FIXED); without, it goes
-    to the highest gap below MMAP_BASE. The caller holds mmap_sem for write.
-    Raises InvalidArgument, InvalidRange, OutOfMemory. Linux: do_mmap(), mm/mmap.c.
+    to the highest gap below MMAP_BASE. The caller holds mmap_sem for write, and populates the
+    area where that is wanted. Raises InvalidArgument, InvalidRange, OutOfMemory.
+    Linux: do_mmap() and mmap_region(), mm/mmap.c.
     """
     if length <= 0:
         raise InvalidArgument(f"mmap: length must be positive, got {length}")
@@ -51,23 +69,42 @@ def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
     if addr is None:
         addr = get_unmapped_area(mm, length)
     else:
-        _check_fixed(addr, length)
+        check_fixed("mmap", addr, length)
         do_munmap(mm, addr, length)
-    vma = Vma(mm, addr, addr + length, vm_flags | VM_SOFTDIRTY, addr >> PAGE_SHIFT)
-    _insert_vma(mm, vma)
-    mm.total_vm += vma_pages(vma)
+    end, pgoff = addr + length, addr >> PAGE_SHIFT
+    if vm_flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:  # accountable_mapping()
+        vm_flags |= VM_ACCOUNT
+    vma = vma_merge(VmaMerge(mm, addr, end, pgoff, vm_flags))
+    if vma is None:
+        vma = Vma(mm, addr, end, vm_flags, pgoff)
+        insert_vma(vma)
+    vma.vm_flags |= VM_SOFTDIRTY
+    vm_stat_account(mm, vm_flags, length >> PAGE_SHIFT)
     if mm_mmap:
-        mm_mmap(process=mm.name, start=addr, end=addr + length)
-    _vma_merge_around(mm, addr)
+        mm_mmap(process=mm.name, start=addr, end=end)
     return addr
 
 
-def _check_fixed(addr: int, length: int) -> None:
+def vm_stat_account(mm: MmStruct, vm_flags: int, npages: int) -> None:
+    """Count *npages* more, or fewer, that VMAs with *vm_flags* span.
+
+    Linux: vm_stat_account(), mm/mmap.c, and what its callers do about locked_vm.
+    """
+    mm.total_vm += npages
+    if vm_flags & VM_LOCKED:
+        mm.locked_vm += npages
+
+
+def check_fixed(call: str, addr: int, length: int) -> None:
+    """Raise InvalidArgument or InvalidRange where *call* can map nothing at *addr*.
+
+    Linux: get_unmapped_area() with MAP_FIXED, mm/mmap.c.
+    """
     if addr % PAGE_SIZE:
-        raise InvalidArgument(f"mmap: addr {addr:#x} is not a multiple of {PAGE_SIZE:#x}")
+        raise InvalidArgument(f"{call}: addr {addr:#x} is not a multiple of {PAGE_SIZE:#x}")
     if addr < MMAP_MIN_ADDR or addr + length > TASK_SIZE_MAX:
         raise InvalidRange(
-            f"mmap: [{addr:#x}, {addr + length:#x}) is not inside "
+            f"{call}: [{addr:#x}, {addr + length:#x}) is not inside "
             f"[{MMAP_MIN_ADDR:#x}, {TASK_SIZE_MAX:#x})"
         )
 
@@ -87,63 +124,6 @@ def get_unmapped_area(mm: MmStruct, length: int) -> int:
     if top - length < MMAP_MIN_ADDR:
         raise OutOfMemory(f"mmap: no gap of {length:#x} bytes below {MMAP_BASE:#x}")
     return top - length
-
-
-def _insert_vma(mm: MmStruct, vma: Vma) -> None:
-    mm.vmas.insert(bisect_right(mm.vmas, vma.vm_start, key=_vm_end), vma)
-
-
-def _can_merge(before: Vma, after: Vma) -> bool:
-    """Linux: can_vma_merge_before(), can_vma_merge_after(), mm/mmap.c."""
-    anon = before.anon_vma is None or after.anon_vma is None or before.anon_vma is after.anon_vma
-    return (
-        before.vm_end == after.vm_start
-        and not (before.vm_flags ^ after.vm_flags) & ~VM_SOFTDIRTY
-        and before.vm_file is after.vm_file
-        and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
-        and mpol_equal(before.vm_policy, after.vm_policy)
-        and anon
-        and max(len(before.anon_vma_chain), len(after.anon_vma_chain)) <= 1
-    )
-
-
-def _vma_merge_around(mm: MmStruct, addr: int) -> None:
-    """Merge the VMA at *addr* with the neighbours that it continues. Linux: vma_merge()."""
-    at = bisect_right(mm.vmas, addr, key=_vm_end)
-    for left in (at, at - 1):
-        if 0 <= left < len(mm.vmas) - 1 and _can_merge(mm.vmas[left], mm.vmas[left + 1]):
-            before, after = mm.vmas[left], mm.vmas.pop(left + 1)
-            if before.anon_vma is None:
-                anon_vma_clone(before, after)
-            before.vm_end = after.vm_end
-            before.vm_flags |= after.vm_flags & VM_SOFTDIRTY
-            unlink_anon_vmas(after)
-
-
-def split_vma(mm: MmStruct, vma: Vma, addr: int) -> Vma:
-    """Cut *vma* at *addr*; the part from there on is returned. Linux: __split_vma()."""
-    rest = Vma(mm, addr, vma.vm_end, vma.vm_flags, vma.vm_pgoff)
-    rest.vm_pgoff += (addr - vma.vm_start) >> PAGE_SHIFT
-    rest.vm_file = vma.vm_file
-    rest.vm_policy = vma.vm_policy
-    anon_vma_clone(rest, vma)
-    vma.vm_end = addr
-    _insert_vma(mm, rest)
-    return rest
-
-
-def vma_modify_policy(
-    mm: MmStruct, vma: Vma, start: int, end: int, policy: Mempolicy | None
-) -> None:
-    """Give [*start*, *end*) of *vma* another policy: split it, and merge what then continues.
-
-    The caller holds mmap_sem for write. Linux: vma_modify_policy(), mm/vma.c, v6.7.
-    """
-    inner = split_vma(mm, vma, start) if vma.vm_start < start else vma
-    if inner.vm_end > end:
-        split_vma(mm, inner, end)
-    inner.vm_policy = policy
-    _vma_merge_around(mm, start)
 
 
 def vmas_in(mm: MmStruct, start: int, end: int) -> list[Vma]:
@@ -170,20 +150,26 @@ def do_munmap(mm: MmStruct, start: int, length: int) -> None:
     if start < 0 or end > TASK_SIZE_MAX:
         raise InvalidRange(f"munmap: [{start:#x}, {end:#x}) is not below {TASK_SIZE_MAX:#x}")
     for vma in vmas_in(mm, start, end):
-        inner = split_vma(mm, vma, start) if vma.vm_start < start else vma
+        inner = split_vma(vma, start) if vma.vm_start < start else vma
         if inner.vm_end > end:
-            split_vma(mm, inner, end)
+            split_vma(inner, end)
         _remove_vma(mm, inner)
     if mm_munmap:
         mm_munmap(process=mm.name, start=start, end=end)
 
 
 def _remove_vma(mm: MmStruct, vma: Vma) -> None:
-    """Linux: unmap_region() and remove_vma(), mm/mmap.c."""
-    zap_page_range(mm, vma.vm_start, vma.vm_end, MmuNotifyEvent.UNMAP)
+    """Linux: unmap_region(), mm/mmap.c."""
+    with mmu_notifier_range(mm, vma.vm_start, vma.vm_end, MmuNotifyEvent.UNMAP):
+        _unmap_vma(mm, vma)
+
+
+def _unmap_vma(mm: MmStruct, vma: Vma) -> None:
+    """Linux: unmap_vmas(), mm/memory.c, and remove_vma(), mm/mmap.c."""
+    zap_pte_range(vma, vma.vm_start, vma.vm_end)
     unlink_anon_vmas(vma)
     mm.vmas.remove(vma)
-    mm.total_vm -= vma_pages(vma)
+    vm_stat_account(mm, vma.vm_flags, -vma_pages(vma))
     with mm.page_table_lock:
         free_pgtables(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end)
 
@@ -191,13 +177,25 @@ def _remove_vma(mm: MmStruct, vma: Vma) -> None:
 def exit_mmap(mm: MmStruct) -> None:
     """Take a whole address space down. The caller holds mmap_sem for write.
 
-    Whoever comes too late finds the empty table where the top of this one was.
+    Whoever comes too late finds the empty table where the top of this one was. A listener that
+    raises keeps nothing alive; what it raised is raised at the end.
     Linux: exit_mmap(), mm/mmap.c.
     """
     mm.exited = True
-    mmu_notifier_release(mm)
+    everything = mmu_notifier_range(mm, 0, ULONG_MAX, MmuNotifyEvent.UNMAP)
+    call_each(
+        (
+            partial(mmu_notifier_release, mm),
+            everything.__enter__,
+            partial(_unmap_all, mm),
+            everything.__exit__,
+        )
+    )
+
+
+def _unmap_all(mm: MmStruct) -> None:
     for vma in tuple(mm.vmas):
-        _remove_vma(mm, vma)
+        _unmap_vma(mm, vma)
     with mm.page_table_lock:
         pgd, mm.pgd = mm.pgd, 0
         mm.mem.tables.release(pages(pgd))

@@ -48,6 +48,12 @@ _PAGE_TABLE: Final = word(_PAGE_PRESENT | _PAGE_RW | _PAGE_USER | _PAGE_ACCESSED
 _PRESENT: Final = word(_PAGE_PRESENT | _PAGE_PROTNONE)
 _EMPTY: Final = word(0)
 PTE_PFN_MASK: Final = word(((1 << 52) - 1) & ~(PAGE_SIZE - 1))
+# What stays in an entry when its VMA gets other rights.
+_PAGE_CHG_MASK: Final = word(
+    PTE_PFN_MASK
+    | (_PAGE_ACCESSED | _PAGE_DIRTY)
+    | (_PAGE_SPECIAL | _PAGE_SOFT_DIRTY | _PAGE_DEVMAP)
+)
 _SHIFT: Final = word(PAGE_SHIFT)
 _FEW_PAGES: Final = 8  # in a row from one table, on average: then look each table up once
 
@@ -95,6 +101,11 @@ def pte_pfn(ptes: Ptes) -> Pfns:
 def mk_pte(pfns: Pfns, prot: Word) -> Ptes:
     """Entries that map *pfns* with *prot*. Linux: mk_pte(), asm/pgtable.h."""
     return (pfns.view(np.uint64) << _SHIFT) | prot
+
+
+def pte_modify(ptes: Ptes, prot: Word) -> Ptes:
+    """The same frames with the rights of *prot*. Linux: pte_modify(), asm/pgtable.h."""
+    return (ptes & _PAGE_CHG_MASK) | prot
 
 
 class TablePool:

@@ -18,39 +18,61 @@ from mm.gup import (
     Pin,
     access_remote_vm,
     get_user_pages,
+    mm_populate,
     pin_user_pages,
 )
+from mm.madvise import do_madvise
+from mm.mbind import do_mbind, do_set_mempolicy, kernel_migrate_pages
 from mm.memparse import Size, memparse
+from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
 from mm.migrate import Errnos
+from mm.mincore import do_mincore
+from mm.mlock import do_mlock, do_munlock
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
-from mm.numa import (
-    MPOL_MF_MOVE,
-    MPOL_MF_MOVE_ALL,
-    MPOL_MF_STRICT,
-    do_mbind,
-    do_set_mempolicy,
-    kernel_migrate_pages,
-    kernel_move_pages,
-)
+from mm.mprotect import do_mprotect
+from mm.mremap import Mremap, do_mremap
+from mm.numa import kernel_move_pages
 from mm.sched import Task, running
 from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
     VM_EXEC,
+    VM_LOCKED,
+    VM_LOCKONFAULT,
     VM_MAYEXEC,
     VM_MAYREAD,
     VM_MAYWRITE,
+    VM_NORESERVE,
     VM_READ,
     VM_WRITE,
     MemMap,
     MmStruct,
     Vma,
 )
-from mm.typing import Payload, Ptes
+from mm.typing import Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 
-_PROT = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
+_PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
+_MAP: Final = {
+    "anon": 0,
+    "private": 0,
+    "populate": 0,
+    "locked": VM_LOCKED,
+    "noreserve": VM_NORESERVE,
+}
 _MOVE: Final = {"move": MPOL_MF_MOVE, "moveall": MPOL_MF_MOVE_ALL}
 _BIND: Final = {**_MOVE, "strict": MPOL_MF_STRICT}
+_MREMAP: Final = {flag.name.lower(): flag for flag in Mremap if flag.name}
+
+
+def _prot(call: str, prot: str) -> int:
+    """The VM_* flags that the letters of *prot* stand for."""
+    wrong = sorted(set(prot) - set(_PROT))
+    if wrong or not prot:
+        raise InvalidArgument(f'{call}: prot {prot!r} is not made of the letters r, w, x or "-"')
+    vm_flags = 0
+    for letter in prot:
+        vm_flags |= _PROT[letter]
+    return vm_flags
 
 
 class Process(Task):
@@ -80,34 +102,102 @@ class Process(Task):
         """Map *length* bytes of zeros; the address.
 
         *prot*: letters of r, w, x, or "-" for none. *addr*: exactly there, in place of what was
-        mapped before (MAP_FIXED). Only anonymous private memory can be mapped so far.
-        Raises InvalidArgument, InvalidRange, OutOfMemory. Linux: mmap(2).
+        mapped before (MAP_FIXED). *flags*: "anon|private", as only such memory can be mapped so
+        far, and with it "populate" to fault all of it in, "locked" to keep it in memory as
+        mlock() does, "noreserve" to account for none of it. That memory is too short for all of
+        it is no error. Raises InvalidArgument, InvalidRange, OutOfMemory. Linux: mmap(2).
         """
-        if set(flags.split("|")) != {"anon", "private"} or file is not None:
+        words = set(flags.split("|"))
+        if not {"anon", "private"} <= words <= set(_MAP) or file is not None:
             raise InvalidArgument(
-                f'mmap: flags {flags!r} with file {file!r} cannot be mapped; use "anon|private"'
+                f"mmap: flags {flags!r} with file {file!r} cannot be mapped; use "
+                f'"anon|private", with any of populate, locked, noreserve'
             )
-        wrong = sorted(set(prot) - set(_PROT))
-        if wrong or not prot:
-            raise InvalidArgument(f'mmap: prot {prot!r} is not made of the letters r, w, x or "-"')
-        vm_flags = VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
-        for letter in prot:
-            vm_flags |= _PROT[letter]
-        mm = self._alive()
-        with mm.mmap_sem.write():
-            return do_mmap(mm, addr, memparse(length), vm_flags)
+        vm_flags = _prot("mmap", prot) | VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
+        for flag in words:
+            vm_flags |= _MAP[flag]
+        mm, size = self._alive(), memparse(length)
+        with running(self):
+            with mm.mmap_sem.write():
+                start = do_mmap(mm, addr, size, vm_flags)
+            if words & {"populate", "locked"}:
+                mm_populate(mm, start, size)
+        return start
 
     def munmap(self, addr: int, length: Size) -> None:
         """Unmap [*addr*, *addr* + *length*). Linux: munmap(2)."""
         mm = self._alive()
-        with mm.mmap_sem.write():
+        with running(self), mm.mmap_sem.write():
             do_munmap(mm, addr, memparse(length))
+
+    def mprotect(self, addr: int, length: Size, prot: str) -> None:
+        """Let [*addr*, *addr* + *length*) have the rights *prot*, as mmap() takes them.
+
+        Raises InvalidArgument; NotMapped at a hole, with the rights changed up to it.
+        Linux: mprotect(2).
+        """
+        with running(self):
+            do_mprotect(self._alive(), addr, memparse(length), _prot("mprotect", prot))
+
+    def mremap(
+        self,
+        old_addr: int,
+        old_length: Size,
+        new_length: Size,
+        flags: str = "maymove",
+        new_addr: int | None = None,
+    ) -> int:
+        """Give memory another size, or another address, and take its contents along; where it is.
+
+        *flags*: "maymove" lets it move if it cannot grow where it is, with "fixed" it goes to
+        *new_addr*, with "dontunmap" it leaves empty memory behind; "" keeps it where it is.
+        Raises InvalidArgument, InvalidRange, SegmentationFault, OutOfMemory. Linux: mremap(2).
+        """
+        words = set(flags.split("|")) - {""}
+        if not words <= set(_MREMAP):
+            raise InvalidArgument(f"mremap: flags {flags!r} are not of {', '.join(_MREMAP)}")
+        how = Mremap(0)
+        for flag in words:
+            how |= _MREMAP[flag]
+        sizes = memparse(old_length), memparse(new_length)
+        with running(self):
+            return do_mremap(self._alive(), old_addr, *sizes, how, new_addr)
+
+    def madvise(self, addr: int, length: Size, advice: str) -> None:
+        """Say what is known about [*addr*, *addr* + *length*): a word of mm.madvise.ADVICE.
+
+        Raises InvalidArgument; NotMapped where the range has holes. Linux: madvise(2).
+        """
+        with running(self):
+            do_madvise(self._alive(), addr, memparse(length), advice)
+
+    def mlock(self, addr: int, length: Size, *, onfault: bool = False) -> None:
+        """Keep the pages of a range in memory, and bring them there now unless *onfault*.
+
+        Raises NotMapped at a hole or where no access is allowed, TryAgain where memory is short.
+        Linux: mlock2(2).
+        """
+        vm_flags = VM_LOCKED | VM_LOCKONFAULT if onfault else VM_LOCKED
+        with running(self):
+            do_mlock(self._alive(), addr, memparse(length), vm_flags)
+
+    def munlock(self, addr: int, length: Size) -> None:
+        """Let the pages of a range go again. Raises NotMapped at a hole. Linux: munlock(2)."""
+        with running(self):
+            do_munlock(self._alive(), addr, memparse(length))
+
+    def mincore(self, addr: int, length: Size) -> Mask:
+        """Which pages of a range are in memory, bool[pages]; raises NotMapped at a hole.
+
+        Linux: mincore(2).
+        """
+        return do_mincore(self._alive(), addr, memparse(length))
 
     def exit(self) -> None:
         """Give all memory back; later calls do nothing. Linux: mmput(), kernel/fork.c."""
         if self.mm.exited:
             return
-        with self.mm.mmap_sem.write():
+        with running(self), self.mm.mmap_sem.write():
             exit_mmap(self.mm)
 
     def find_vma(self, addr: int) -> Vma | None:

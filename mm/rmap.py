@@ -49,16 +49,18 @@ from mm.swapops import (
 )
 from mm.types import (
     PAGE_MAPPING_ANON,
+    VM_ACCESS_FLAGS,
     VM_LOCKED,
+    VM_SOFTDIRTY,
     VM_WRITE,
     AnonVma,
     MemMap,
-    MmStruct,
     Vma,
     linear_page_index,
     vma_pages,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, number, word
+from mm.unevictable import mlock_new_page, mlock_vma_page, munlock_vma_page
 from mm.vectors import add_at, distinct, every, has, places, rows, some, stretches
 
 _ONE: Final = np.array(1, dtype=np.int32)
@@ -66,6 +68,7 @@ _NEW_ANON: Final = word(PG_swapbacked | PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _SHIFT: Final = number(PAGE_SHIFT)
+_MAY_CHANGE: Final = VM_ACCESS_FLAGS | VM_SOFTDIRTY  # and neighbours still share an anon_vma
 
 
 def anon_vma_prepare(vma: Vma) -> AnonVma:
@@ -101,7 +104,7 @@ def _mergeable_anon_vma(vma: Vma) -> AnonVma | None:
             near.anon_vma is not None
             and len(near.anon_vma_chain) == 1
             and before.vm_end == after.vm_start
-            and not (before.vm_flags ^ after.vm_flags) & ~VM_WRITE
+            and not (before.vm_flags ^ after.vm_flags) & ~_MAY_CHANGE
             and before.vm_file is after.vm_file
             and before.vm_policy == after.vm_policy
             and after.vm_pgoff == before.vm_pgoff + vma_pages(before)
@@ -143,10 +146,20 @@ def page_add_new_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses) -> None:
     mem.mapping[pfns] = (vma.anon_vma.number << 2) | PAGE_MAPPING_ANON
     mem.index[pfns] = linear_page_index(vma, addrs)
     mem.vmstat.add("nr_anon_pages", pfns.size)
+    if vma.vm_flags & VM_LOCKED:
+        mlock_new_page(mem, pfns[~mem.is_zone_device_page(pfns)])
 
 
-def page_add_anon_rmap(mem: MemMap, pfns: Pfns) -> None:
-    """One more mapping of each of *pfns*, which may repeat. Linux: page_add_anon_rmap()."""
+def page_add_anon_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One more mapping, by *vma*, of each of *pfns*, which may repeat.
+
+    Linux: page_add_anon_rmap(), mm/rmap.c.
+    """
+    _count_anon_mappings(vma.vm_mm.mem, pfns)
+    mlock_vma_page(vma, pfns)
+
+
+def _count_anon_mappings(mem: MemMap, pfns: Pfns) -> None:
     with mem.locks.atomic:
         before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
         add_at(mem.mapcount, pfns, 1)
@@ -157,7 +170,8 @@ def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mas
     """One more mapping of each of *pfns* (distinct), which come from swap, at *addrs* of *vma*.
 
     Where it is *exclusive*, the page is the process's own. A page that is just read belongs to
-    nobody yet: then the anon_vma is the oldest of *vma*, where all who may share the page are.
+    nobody yet: then the anon_vma is the oldest of *vma*, where all who may share the page are; and
+    a VM_LOCKED VMA does not lock it in memory before reclaim sees it, as in v6.12.
     Linux: do_page_add_anon_rmap() and __page_set_anon_rmap(), mm/rmap.c.
     """
     mem = vma.vm_mm.mem
@@ -168,11 +182,16 @@ def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mas
     mem.index[pfns[fresh]] = linear_page_index(vma, addrs[fresh])
     with mem.locks.atomic:
         mem.flags[pfns[exclusive]] |= PG_anon_exclusive
-    page_add_anon_rmap(mem, pfns)
+    _count_anon_mappings(mem, pfns)
+    mlock_vma_page(vma, pfns[~fresh])
 
 
-def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
-    """One mapping less of each of *pfns* (distinct). Linux: page_remove_rmap(), mm/rmap.c."""
+def page_remove_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One mapping, by *vma*, less of each of *pfns* (distinct).
+
+    Linux: page_remove_rmap(), mm/rmap.c; as in v5.18 it knows the VMA, which may be VM_LOCKED.
+    """
+    mem = vma.vm_mm.mem
     with mem.locks.atomic:
         which = rows(pfns)
         left = mem.mapcount[which] - _ONE
@@ -180,6 +199,7 @@ def page_remove_rmap(mem: MemMap, pfns: Pfns) -> None:
     if some(left < 0):
         raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
     mem.vmstat.add("nr_anon_pages", int(np.count_nonzero(left)) - pfns.size)
+    munlock_vma_page(vma, pfns)
 
 
 class Mapping(NamedTuple):
@@ -217,8 +237,8 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
                     yield Mapping(vma, at, vma.vm_start + (offset[at] << _SHIFT))
 
 
-def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
-    """Unmap locked *pfns* from the entries *ptes* and give the migration entries to store there.
+def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
+    """Unmap locked *pfns* from the entries *ptes* of *vma*; the migration entries to store there.
 
     Called with the page-table lock held. The reference of each mapping passes to the caller.
     Unlike Linux v4.20, the entry's dirty bit goes to the page (6.1 does so): reclaim would take
@@ -226,7 +246,7 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     loses in every process but the one that migrates (gone by 5.14).
     Linux: try_to_unmap_one() with TTU_MIGRATION, mm/rmap.c.
     """
-    present = pte_present(ptes)
+    mem, present = vma.vm_mm.mem, pte_present(ptes)
     if every(present):
         dirty = pte_dirty(ptes)
         if some(dirty):
@@ -238,9 +258,9 @@ def unmap_to_migration_entries(mem: MemMap, ptes: Ptes, pfns: Pfns) -> Ptes:
     else:
         entries = np.empty_like(ptes)
         for kind in (present, ~present):
-            entries[kind] = unmap_to_migration_entries(mem, ptes[kind], pfns[kind])
+            entries[kind] = unmap_to_migration_entries(vma, ptes[kind], pfns[kind])
         return entries
-    page_remove_rmap(mem, pfns)
+    page_remove_rmap(vma, pfns)
     return make_migration_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
 
 
@@ -251,9 +271,9 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
     Linux: try_to_unmap(), TTU_MIGRATION | TTU_IGNORE_MLOCK | TTU_IGNORE_ACCESS, mm/rmap.c.
     """
 
-    def migrate(mm: MmStruct, at: Indices, found: Pfns) -> Pfns:
+    def migrate(vma: Vma, at: Indices, found: Pfns) -> Pfns:
         entries = mem.tables.entries
-        entries[at] = unmap_to_migration_entries(mem, entries[at], found)
+        entries[at] = unmap_to_migration_entries(vma, entries[at], found)
         return found
 
     for vma, which, addrs in rmap_walk(mem, pfns):
@@ -261,7 +281,7 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
 
 
 def _unmap_from(
-    vma: Vma, pfns: Pfns, addrs: Addresses, unmap: Callable[[MmStruct, Indices, Pfns], Pfns]
+    vma: Vma, pfns: Pfns, addrs: Addresses, unmap: Callable[[Vma, Indices, Pfns], Pfns]
 ) -> None:
     """Let *unmap* change the entries at *addrs* (in any order) that still map *pfns*.
 
@@ -279,7 +299,7 @@ def _unmap_from(
             mm.page_table_lock,
         ):
             at, mapped = page_vma_mapped_walk(vma, pfns[run], addrs[run])
-            gone = unmap(mm, at[mapped], pfns[run][mapped])
+            gone = unmap(vma, at[mapped], pfns[run][mapped])
         put_page(mm.mem, gone)
 
 
@@ -295,13 +315,14 @@ def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns) -> None:
             _unmap_from(vma, pfns[which], addrs, unmap_to_swap_entries)
 
 
-def unmap_to_swap_entries(mm: MmStruct, at: Indices, pfns: Pfns) -> Pfns:
+def unmap_to_swap_entries(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
     """Put swap entries at places *at*, which map *pfns*; the pages that lost a mapping by it.
 
     Called with the page-table lock held. Unlike Linux v4.20, an entry says whether the slot is
     the process's own, as the page was; one that is pinned stays mapped (v5.19).
     Linux: try_to_unmap_one(), mm/rmap.c.
     """
+    mm = vma.vm_mm
     mem, entries = mm.mem, mm.mem.tables.entries
     ptes = entries[at]
     with mem.locks.atomic:
@@ -320,7 +341,7 @@ def unmap_to_swap_entries(mm: MmStruct, at: Indices, pfns: Pfns) -> Pfns:
     kept_bits = pte_soft_dirty(ptes) * SWP_SOFT_DIRTY | exclusive * SWP_EXCLUSIVE
     entries[at[slotted]] = make_swap_entry(slots) | kept_bits[slotted]
     gone = pfns[slotted | spare]
-    page_remove_rmap(mem, gone)
+    page_remove_rmap(vma, gone)
     mm.anon_rss -= gone.size
     mm.swapents += slots.size
     return gone
@@ -358,7 +379,7 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
             if replaced.size:
                 get_page(mem, replaced)
                 mem.tables.entries[at] = _mapping_entries(vma, mem.tables.entries[at], replaced)
-                page_add_anon_rmap(mem, replaced)
+                page_add_anon_rmap(vma, replaced)
 
 
 def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:

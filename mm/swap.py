@@ -22,6 +22,7 @@ from mm.page_alloc import free_pages_bulk
 from mm.page_flags import (
     PG_active,
     PG_lru,
+    PG_mlocked,
     PG_referenced,
     PG_swapbacked,
     PG_swapcache,
@@ -36,6 +37,9 @@ GUP_PIN_COUNTING_BIAS: Final = 1024  # what a pin adds to `refcount`, to be told
 _LRU_KIND: Final = word(PG_swapbacked | PG_active | PG_unevictable)
 _OFF_LISTS: Final = word(~(PG_lru | PG_active | PG_unevictable))
 _NOT_LRU: Final = word(~PG_lru)
+_NOT_ACTIVE: Final = word(~PG_active)
+_EVICTABLE: Final = word(~PG_unevictable)
+_MLOCKED_OR_UNEVICTABLE: Final = word(PG_mlocked | PG_unevictable)
 _INACTIVE: Final = word(~(PG_active | PG_referenced))
 _LAZYFREE: Final = word(~(PG_active | PG_referenced | PG_swapbacked))
 _NOT_FREEABLE: Final = word(PG_swapcache | PG_unevictable)
@@ -174,6 +178,30 @@ def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     Linux: __pagevec_lru_add().
     """
     flags = mem.flags[pfns]
+    if some(flags & _MLOCKED_OR_UNEVICTABLE):
+        flags = _unevictable_if_mlocked(flags)
+    _add_to_lru(mem, pfns, flags)
+    put_page(mem, pfns, cpu)
+
+
+def _unevictable_if_mlocked(flags: Ptes) -> Ptes:
+    """Which list a page goes to is decided when it gets there. Linux: lru_add(), mm/swap.c."""
+    unevictable = (flags | PG_unevictable) & _NOT_ACTIVE
+    return np.where(has(flags, PG_mlocked), unevictable, flags & _EVICTABLE)
+
+
+def relist_pages(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
+    """Let *pfns*, which are on lists, have *flags*, and be the youngest of the lists these name.
+
+    Called with `atomic` held. Linux: lruvec_del_folio() and lruvec_add_folio(), mm_inline.h, v5.16.
+    """
+    if pfns.size:
+        _del_from_lru(mem, pfns, mem.flags[pfns])
+        _add_to_lru(mem, pfns, flags)
+
+
+def _add_to_lru(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
+    """Onto the lists that *flags* name, as the youngest. Linux: add_page_to_lru_list()."""
     stamps = np.arange(mem.lru_clock, mem.lru_clock + pfns.size)
     mem.lru_clock += pfns.size
     mem.flags[pfns] = flags | PG_lru
@@ -183,7 +211,6 @@ def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
         _append(mem, lru, added, stamps[here])
         lru.nr_pages += added.size
         mem.vmstat.add(counter, added.size)
-    put_page(mem, pfns, cpu)
 
 
 def _del_from_lru(mem: MemMap, pfns: Pfns, flags: Ptes) -> None:
@@ -256,6 +283,8 @@ def _isolate(mem: MemMap, pfns: Pfns) -> Mask:
         )  # at 0 somebody is about to free it
         taken = pfns if every(isolated) else pfns[isolated]
         mem.flags[rows(taken)] &= _NOT_LRU
+        if some(has(flags, PG_unevictable)):
+            mem.mlock_count[taken] = 0  # what it counts is lost off the list
         get_page(mem, taken)
         _del_from_lru(mem, taken, flags[isolated])
     return isolated

@@ -159,6 +159,19 @@ def is_hwpoison_entry(ptes: Ptes) -> Mask:
     return (ptes >= _first(SWP_HWPOISON)) & (ptes < _first(SWP_MIGRATION_READ))
 
 
+def make_readable(ptes: Ptes) -> Ptes:
+    """The same entries without the right to store, whatever they stand for.
+
+    A migration entry keeps its soft-dirty bit; one for device memory loses it with the right, as
+    Linux has it. Linux: change_pte_range(), mm/mprotect.c; copy_nonpresent_pte(), mm/memory.c.
+    """
+    moving = is_write_migration_entry(ptes)
+    device = is_write_device_private_entry(ptes)
+    exclusive = is_write_device_exclusive_entry(ptes)
+    readable = ptes - moving * _NEXT_TYPE + (device | exclusive) * _NEXT_TYPE
+    return np.where(device, readable & ~SWP_SOFT_DIRTY, readable)
+
+
 def pte_swp_soft_dirty(ptes: Ptes) -> Mask:
     """True where a swap-type entry carries the soft-dirty bit. Linux: pte_swp_soft_dirty()."""
     return has(ptes, SWP_SOFT_DIRTY)

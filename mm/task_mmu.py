@@ -81,7 +81,7 @@ PM_FILE: Final = BIT(61)
 PM_SWAP: Final = BIT(62)
 PM_PRESENT: Final = BIT(63)
 
-PSS_SHIFT: Final = 12  # a page's share is counted in fixed point, so that three thirds are one
+PSS_SHIFT: Final = 12  # binary places of a byte in the sum of shares
 
 _SWAP_SHIFT: Final = word(MAX_SWAPFILES_SHIFT)
 _WATCHED: Final = word(~(_PAGE_RW | _PAGE_SOFT_DIRTY))  # what clear_refs leaves of a present entry

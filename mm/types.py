@@ -48,6 +48,7 @@ COLUMNS: Final = (
     Column("index", np.int64, "index", "its page offset there: that of the VMAs' vm_pgoff"),
     Column("private", np.int64, "private", "slot of a page in the swap cache, else 0"),
     Column("lru_stamp", np.int64, "lru", "its place in the LRU list: higher is younger"),
+    Column("mlock_count", np.int32, "mlock_count", "VM_LOCKED mappings counted while unevictable"),
     Column("lock_owner", np.uint16, "(none)", "thread that set PG_locked, 0 where it is clear"),
     Column("zone", np.uint8, "flags", "index into `zones`; 0 where no frame stands behind the PFN"),
     Column("free_order", np.uint8, "private", "order + 1 of the free block that starts here, or 0"),
@@ -81,6 +82,7 @@ class MemMap:
     index: NDArray[np.int64]
     private: NDArray[np.int64]
     lru_stamp: NDArray[np.int64]
+    mlock_count: NDArray[np.int32]
     lock_owner: NDArray[np.uint16]
     zone: NDArray[np.uint8]
     free_order: NDArray[np.uint8]
@@ -187,6 +189,8 @@ VM_MAYEXEC: Final = 0x00000040
 VM_PFNMAP: Final = 0x00000400
 VM_LOCKED: Final = 0x00002000
 VM_IO: Final = 0x00004000
+VM_SEQ_READ: Final = 0x00008000
+VM_RAND_READ: Final = 0x00010000
 VM_DONTCOPY: Final = 0x00020000
 VM_DONTEXPAND: Final = 0x00040000
 VM_LOCKONFAULT: Final = 0x00080000
@@ -194,12 +198,15 @@ VM_ACCOUNT: Final = 0x00100000
 VM_NORESERVE: Final = 0x00200000
 VM_HUGETLB: Final = 0x00400000
 VM_WIPEONFORK: Final = 0x02000000
+VM_DONTDUMP: Final = 0x04000000
 VM_SOFTDIRTY: Final = 0x08000000
 VM_MIXEDMAP: Final = 0x10000000
 VM_HUGEPAGE: Final = 0x20000000
 VM_NOHUGEPAGE: Final = 0x40000000
 VM_MERGEABLE: Final = 0x80000000
 VM_SPECIAL: Final = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
+VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
+VM_LOCKED_MASK: Final = VM_LOCKED | VM_LOCKONFAULT
 
 
 def vm_get_page_prot(vm_flags: int) -> Word:
@@ -207,7 +214,7 @@ def vm_get_page_prot(vm_flags: int) -> Word:
 
     Linux: vm_get_page_prot(), mm/mmap.c.
     """
-    if not vm_flags & (VM_READ | VM_WRITE | VM_EXEC):
+    if not vm_flags & VM_ACCESS_FLAGS:
         return word(_PAGE_PROTNONE | _PAGE_ACCESSED)
     prot = _PAGE_PRESENT | _PAGE_USER | _PAGE_ACCESSED
     if not vm_flags & VM_EXEC:

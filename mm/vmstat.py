@@ -19,6 +19,7 @@ VMSTAT_NAMES: Final = (
     "nr_inactive_file",
     "nr_active_file",
     "nr_unevictable",
+    "nr_mlock",  # pages that some VM_LOCKED mapping keeps in memory
     "nr_isolated_anon",  # taken off a list by somebody who moves them
     "nr_anon_pages",  # mapped anonymous pages, device memory included
     "nr_swapcached",  # pages in the swap cache
@@ -50,6 +51,8 @@ VMSTAT_NAMES: Final = (
     "workingset_restore",  # those that had been there before
     "pgfault",
     "pgmajfault",
+    "unevictable_pgs_mlocked",  # pages that became PG_mlocked
+    "unevictable_pgs_munlocked",
     "pgmigrate_success",  # base-page migration by the kernel; migrate_vma counts none
     "pgmigrate_fail",
     "zeropage_read_faults",  # ours: read faults that the zero page served

@@ -217,7 +217,7 @@ class World:
         slots, shared = slots[slots > 0], shared[shared >= 0]
         mem.tables.entries[pte_offset_alloc(child.mm, self.addrs[which])] = self.ptes()[which]
         get_page(mem, shared)
-        page_add_anon_rmap(mem, shared)
+        page_add_anon_rmap(vma, shared)
         mem.flags[shared] &= ~PG_anon_exclusive
         swap_duplicate(mem.swap, slots)
         child.mm.anon_rss += shared.size

@@ -10,17 +10,18 @@ Each answer is a dict with the fields that `mmscript` prints, in its order:
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from hmm.dmirror import Dmirror
 from hmm.dmirror_device import DmirrorDevice, MigrationRecord
 from hmm.script.answers import MAX_SHOWN, errno_name, error_name
-from hmm.script.language import Choice, Grammar, Operation
+from hmm.script.language import Choice, Operation
+from hmm.script.operations import HANDLERS, UNCOUNTED, Answer, Refused, Unsupported
 from mm.errors import BusError, InvalidRange, MmError, SegmentationFault
 from mm.gup import Pin
 from mm.machine import Machine
+from mm.memparse import Size
 from mm.process import Process
 from mm.sched import running
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, word
@@ -57,31 +58,6 @@ _SHOWN_BITS: Final = word(0xB)  # VALID, MIGRATE and WRITE
 _KEPT: Final = [name for name in COUNTED if name in VMSTAT_NAMES]
 
 T = TypeVar("T")
-Answer: TypeAlias = dict[str, Any]
-Handler: TypeAlias = Callable[..., Answer]
-
-GRAMMARS: Final[dict[str, Grammar]] = {}
-_HANDLERS: Final[dict[str, tuple[Handler, bool]]] = {}
-
-
-def operation(usage: str, *, counted: bool = True) -> Callable[[Handler], Handler]:
-    """Let the function answer the operation whose grammar is *usage*.
-
-    It is called with the Actor and the words of the line, and answers what follows `op`.
-    Without *counted* the answer shows no counters.
-    """
-
-    def register(handler: Handler) -> Handler:
-        grammar = Grammar(usage)
-        GRAMMARS[grammar.name] = grammar
-        _HANDLERS[grammar.name] = handler, counted
-        return handler
-
-    return register
-
-
-class Refused(Exception):
-    """The operation cannot begin; the message is the answer: NOREGION, EUSAGE, ECHILD."""
 
 
 class Region(NamedTuple):
@@ -112,12 +88,6 @@ class Pages(NamedTuple):
         return range(self.addr, self.addr + self.nbytes, PAGE_SIZE)
 
 
-class Unsupported(MmError):
-    """EOPNOTSUPP: Linux has it, this model has it not yet."""
-
-    code = errno.EOPNOTSUPP
-
-
 class File(Generic[T]):
     """Something open, closed when the last process lets go of it. Linux: struct file."""
 
@@ -138,10 +108,10 @@ class File(Generic[T]):
 
 
 class Host:
-    """The computer that a script runs on: that of the recorded kernel."""
+    """The computer that a script runs on: by default that of the recorded kernel."""
 
-    def __init__(self) -> None:
-        self.machine = Machine(("1GiB", "1GiB"), swap="128MiB", cpus=2)
+    def __init__(self, nodes: Sequence[Size] = ("1GiB", "1GiB")) -> None:
+        self.machine = Machine(nodes, swap="128MiB", cpus=2)
         self.records: list[MigrationRecord] = []  # of all devices, in the order of time
         self.devices: dict[int, DmirrorDevice] = {}
         self.vmstat = dict(self.machine.vmstat)  # at the last `vmstat`
@@ -171,14 +141,13 @@ class Actor:
 
     def perform(self, op: Operation) -> Answer:
         """Run *op* and answer for it."""
-        handler, counted = _HANDLERS[op.name]
         vmstat = self.host.machine.vmstat
         before = {name: vmstat[name] for name in _KEPT}
         self.host.records.clear()
         answer: Answer = {"i": op.line, "who": self.who, "op": op.text}
         try:
             with running(self.process):
-                answer |= handler(self, *op.arguments, **op.options)
+                answer |= HANDLERS[op.name](self, *op.arguments, **op.options)
         except Refused as refused:
             return answer | {"ret": str(refused)}
         except Unsupported as error:
@@ -188,7 +157,9 @@ class Actor:
         if self.host.records:
             answer["mv"] = [migration(record, self.regions) for record in self.host.records]
         changed = {name: vmstat[name] - n for name, n in before.items() if vmstat[name] != n}
-        return answer | ({"vm": changed} if counted and changed else {})
+        if changed and op.name not in UNCOUNTED:
+            answer["vm"] = changed
+        return answer
 
     def pages(self, name: str | None, first: int = 0, npages: int = 1) -> Pages:
         """Pages of the region called *name*. Raises Refused."""
@@ -244,17 +215,8 @@ def migration(record: MigrationRecord, regions: list[Region]) -> Answer:
             answer |= {"r": region.name, "f": (record.start - region.addr) >> PAGE_SHIFT}
     if record.errno:
         return answer | {"setup": errno_name(record.errno)}
-    words = {"src0": record.src0, "dst": record.dst, "src1": record.src1}
-    return (
-        answer
-        | {"setup": 0, "cpages": record.cpages}
-        | {
-            name: "".join(f"{word:x}" for word in (vector[:MAX_SHOWN] & _SHOWN_BITS).tolist())
-            for name, vector in words.items()
-        }
-    )
-
-
-def options(given: Mapping[str, Any], *names: str) -> str:
-    """Those of *names* that are *given*, as a flags string: "move|strict"."""
-    return "|".join(name for name in names if given.get(name))
+    answer |= {"setup": 0, "cpages": record.cpages}
+    for name in ("src0", "dst", "src1"):
+        words = getattr(record, name)[:MAX_SHOWN] & _SHOWN_BITS
+        answer[name] = "".join(f"{word:x}" for word in words.tolist())
+    return answer

@@ -16,8 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hmm.script.actor import Answer
 from hmm.script.compare import Difference, compare
+from hmm.script.operations import Answer
 from hmm.script.run import answers
 from mm.errors import InvalidArgument
 

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any, Final
 
 from hmm.dmirror import Dmirror, DmirrorAnswer
-from hmm.script.actor import MAX_PAGES, Actor, Answer, Refused, error_name, operation
-from hmm.script.answers import contents, pages_of_words, runs
+from hmm.script.actor import MAX_PAGES, Actor
+from hmm.script.answers import contents, error_name, pages_of_words, runs
 from hmm.script.language import Choice
+from hmm.script.operations import Answer, Refused, operation
 from mm.errors import MmError
 from mm.typing import PAGE_SHIFT
 

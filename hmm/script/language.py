@@ -25,7 +25,8 @@ from mm.errors import InvalidArgument
 
 _NUMBER: Final = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)")
 _DEVICE: Final = re.compile(r"@(p?)([0-3])")
-_CHILD: Final = re.compile(r"child\b\s*(\S*)\s*(.*)", re.DOTALL)
+_CHILD: Final = re.compile(r"child(?:\s+(\S+)(?:\s+(\S.*))?)?\s*", re.DOTALL)
+_MAX_CHILDREN: Final = 16  # inside one another
 _SHOWN: Final = 40  # characters of a wrong word that the message repeats
 
 
@@ -96,7 +97,7 @@ def _place(text: str) -> tuple[int, int] | None:
     return _long(page), _long(node)
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """How one word of a grammar is read, what that is called, and what stands for it if missing."""
 
     read: Callable[[str], Any]
@@ -113,28 +114,28 @@ class _Kind(NamedTuple):
 
 _A_NUMBER: Final = "a number, such as 16 or 0x10"
 WORDS: Final = {
-    "NAME": _Kind(str, "a region", None),
-    "NEW": _Kind(str, "a name for the new region", None),
-    "C": _Kind(str, "a child", "c"),
-    "ID": _Kind(str, "a name for the pin", ""),
-    "KIND": _Kind(str, "a kind of memory", None),
-    "ADVICE": _Kind(str, "an advice", ""),
-    "METHOD": _Kind(str, "a method of pinning", None),
-    "REFS": _Kind(str, "what to clear", "4"),
-    "PROT": _Kind(_prot, "letters of rwx, or -", None),
-    "MODE": _Kind(_mode, "default, preferred, bind, interleave or local", "default"),
-    "MASK": _Kind(_word64, "a bit mask of nodes, such as 0x3", 0),
-    "NODE": _Kind(_node, "a node, or alt", 0),
-    "PAGE:NODE": _Kind(_place, "a page and a node, such as 3:1, or null", None),
-    "V": _Kind(_word64, _A_NUMBER, 0),
-    "UFFD": _Kind(str, "missing or wp", "missing"),
-    "PASSES": _Kind(str, "a number of scans, or unmerge", "3"),
-    "newn": _Kind(_long, _A_NUMBER, None),
-    "n": _Kind(_long, _A_NUMBER, 1),
-    "reps": _Kind(_long, _A_NUMBER, 1),
-    "first": _Kind(_long, _A_NUMBER, 0),
-    "page": _Kind(_long, _A_NUMBER, 0),
-    "pages": _Kind(_long, _A_NUMBER, None),
+    "NAME": Kind(str, "a region", None),
+    "NEW": Kind(str, "a name for the new region", None),
+    "C": Kind(str, "a child", "c"),
+    "ID": Kind(str, "a name for the pin", ""),
+    "KIND": Kind(str, "a kind of memory", None),
+    "ADVICE": Kind(str, "an advice", ""),
+    "METHOD": Kind(str, "a method of pinning", None),
+    "REFS": Kind(str, "what to clear", "4"),
+    "PROT": Kind(_prot, "letters of rwx, or -", None),
+    "MODE": Kind(_mode, "default, preferred, bind, interleave or local", "default"),
+    "MASK": Kind(_word64, "a bit mask of nodes, such as 0x3", 0),
+    "NODE": Kind(_node, "a node, or alt", 0),
+    "PAGE:NODE": Kind(_place, "a page and a node, such as 3:1, or null", None),
+    "V": Kind(_word64, _A_NUMBER, 0),
+    "UFFD": Kind(str, "missing or wp", "missing"),
+    "PASSES": Kind(str, "a number of scans, or unmerge", "3"),
+    "newn": Kind(_long, _A_NUMBER, None),
+    "n": Kind(_long, _A_NUMBER, 1),
+    "reps": Kind(_long, _A_NUMBER, 1),
+    "first": Kind(_long, _A_NUMBER, 0),
+    "page": Kind(_long, _A_NUMBER, 0),
+    "pages": Kind(_long, _A_NUMBER, None),
 }
 _OPTION_VALUES: Final = {"K": WORDS["page"], "C": WORDS["C"]}
 
@@ -150,7 +151,7 @@ class Grammar:
         self.takes_device = "@" in words
         self.slots = [WORDS[word] for word in words if word[0] not in "[@"]
         self.group = [WORDS[word] for word in group.split()]
-        self.options: dict[str, _Kind | None] = {}
+        self.options: dict[str, Kind | None] = {}
         for word in words:
             if word.startswith("["):
                 option, _, value = word[1:-1].partition("=")
@@ -189,13 +190,19 @@ def shown(word: str) -> str:
     return ascii(word if len(word) <= _SHOWN else word[:_SHOWN] + "...")
 
 
-def parse_line(grammars: Mapping[str, Grammar], text: str, line: int = 1) -> Operation:
+def parse_line(
+    grammars: Mapping[str, Grammar], text: str, line: int = 1, depth: int = 0
+) -> Operation:
     """The operation that *text*, line *line* of a script, is. Raises ParseError."""
     if match := _CHILD.fullmatch(text):
-        handed_on = parse_line(grammars, match[2], line) if match[2] else None
+        if depth == _MAX_CHILDREN:
+            raise ParseError(f"expected an operation after {depth} times child")
+        handed_on = parse_line(grammars, match[2], line, depth + 1) if match[2] else None
         return Operation(line, text, "child", (match[1], handed_on), {})
     words, choice = [], Choice()
-    for word in text.partition(" #")[0].split():
+    for word in text.split():
+        if word.startswith("#"):
+            break
         if word.startswith("@"):
             choice = _device(word)
         else:
@@ -210,9 +217,7 @@ def parse_line(grammars: Mapping[str, Grammar], text: str, line: int = 1) -> Ope
         arguments, options = grammar.parse(rest)
     except ValueError as error:
         raise ParseError(f"expected {error}, in: {grammar.usage}") from None
-    if grammar.takes_device:
-        arguments += (choice,)
-    return Operation(line, text, name, arguments, options)
+    return Operation(line, text, name, arguments + (choice,) * grammar.takes_device, options)
 
 
 def _device(word: str) -> Choice:

@@ -6,20 +6,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from hmm.script.actor import (
-    BASE,
-    MAX_PAGES,
-    MAX_REGIONS,
-    STRIDE,
-    Actor,
-    Answer,
-    Refused,
-    Region,
-    Unsupported,
-    operation,
-    options,
-)
+from hmm.script.actor import BASE, MAX_PAGES, MAX_REGIONS, STRIDE, Actor, Region
 from hmm.script.answers import error_name, fnv, pages_of_words
+from hmm.script.operations import Answer, Refused, Unsupported, operation
 from mm.errors import MmError
 from mm.pgtable import PMD_SIZE
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
@@ -58,8 +47,8 @@ def mmap(
     if kind != "anon":
         raise Unsupported(f"mmap: memory of kind {kind}; so far there is anon")
     addr = BASE + len(actor.regions) * STRIDE + (off << PAGE_SHIFT)
-    flags = "|".join(["anon", "private", *given])
-    actor.process.mmap(npages << PAGE_SHIFT, prot, flags, addr=addr)
+    how = "|".join(["anon", "private", *given])
+    actor.process.mmap(npages << PAGE_SHIFT, prot, how, addr=addr)
     actor.regions.append(Region(name, addr, npages))
     return {"ret": 0}
 
@@ -111,8 +100,8 @@ def mremap(
         raise Refused("EUSAGE")
     npages = n if newn is None else newn
     to = BASE + len(actor.regions) * STRIDE + pages.addr % PMD_SIZE
-    flags = options({"dontunmap": dontunmap}, "maymove|fixed", "dontunmap")
-    actor.process.mremap(pages.addr, pages.nbytes, npages << PAGE_SHIFT, flags, to)
+    how = "maymove|fixed|dontunmap" if dontunmap else "maymove|fixed"
+    actor.process.mremap(pages.addr, pages.nbytes, npages << PAGE_SHIFT, how, to)
     actor.regions.append(Region(new, to, npages))
     return {"ret": 0}
 

@@ -7,9 +7,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from hmm.script.actor import MAX_PAGES, Actor, Answer, operation, options
+from hmm.script.actor import MAX_PAGES, Actor
 from hmm.script.answers import runs, status_name
-from mm.numa import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, kernel_move_pages
+from hmm.script.operations import Answer, flags, operation
+from mm.errors import MmError
+from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL
+from mm.numa import kernel_move_pages
 from mm.typing import PAGE_SIZE
 
 UNSET: Final = 12345  # of a status that the system call left alone
@@ -22,18 +25,17 @@ def nodes(mask: int) -> list[int]:
     return [node for node in range(8) if mask >> node & 1]
 
 
-def _statuses(ret: int, status: Any) -> Answer:
-    shown = ("unset" if word == UNSET else status_name(word) for word in status.tolist())
-    return {"ret": status_name(ret), "status": runs(shown)}
-
-
-def move(actor: Actor, addrs: list[int], to: list[int] | None, flags: int) -> Answer:
+def move(actor: Actor, addrs: list[int], to: list[int] | None, how: int) -> Answer:
     """move_pages(2) of the pages at *addrs*."""
     status = np.full(len(addrs), UNSET, dtype=np.int32)
     wanted = None if to is None else np.array(to, dtype=np.int64)
     where = np.array(addrs, dtype=np.int64)
-    ret, status = kernel_move_pages(actor.process.mm, where, wanted, flags, status)
-    return _statuses(ret, status)
+    try:
+        ret, status = kernel_move_pages(actor.process.mm, where, wanted, how, status)
+    except MmError as error:
+        ret = -error.code
+    shown = ("unset" if word == UNSET else status_name(word) for word in status.tolist())
+    return {"ret": status_name(ret), "status": runs(shown)}
 
 
 @operation("move_pages NAME first n NODE [all] [noflag] [badflag]")
@@ -48,10 +50,10 @@ def move_pages(
     """move_pages(2): all pages to one node, or to nodes 0 and 1 by turns."""
     pages = actor.pages(name, first, min(n, MAX_PAGES))
     to = [i & 1 if node == "alt" else int(node) for i in range(len(pages.addrs))]
-    flags = MPOL_MF_MOVE
+    how = MPOL_MF_MOVE
     for option, value in (("all", MPOL_MF_MOVE_ALL), ("noflag", 0), ("badflag", _BAD_FLAG)):
-        flags = value if option in given else flags
-    return move(actor, list(pages.addrs), to, flags)
+        how = value if option in given else how
+    return move(actor, list(pages.addrs), to, how)
 
 
 @operation("status NAME first n")
@@ -67,8 +69,8 @@ def movelist(actor: Actor, name: str, list_: list[Any], **given: bool) -> Answer
     region = actor.pages(name).region
     pairs = [pair or (None, 0) for (pair,) in list_]
     addrs = [0 if page is None else region.addr + page * PAGE_SIZE for page, _ in pairs]
-    flags = MPOL_MF_MOVE_ALL if given else MPOL_MF_MOVE
-    return move(actor, addrs, [node for _, node in pairs], flags)
+    how = MPOL_MF_MOVE_ALL if given else MPOL_MF_MOVE
+    return move(actor, addrs, [node for _, node in pairs], how)
 
 
 @operation("mbind NAME first n MODE MASK [move] [moveall] [strict]")
@@ -77,8 +79,8 @@ def mbind(
 ) -> Answer:
     """mbind(2)."""
     pages = actor.pages(name, first, n)
-    flags = options(given, "move", "moveall", "strict")
-    actor.process.mbind(pages.addr, pages.nbytes, mode, nodes(mask), flags)
+    how = flags(given, "move", "moveall", "strict")
+    actor.process.mbind(pages.addr, pages.nbytes, mode, nodes(mask), how)
     return {"ret": 0}
 
 

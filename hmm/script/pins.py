@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from hmm.script.actor import Actor, Answer, File, Pages, Refused, operation
+from hmm.script.actor import Actor, File, Pages
 from hmm.script.answers import error_name
 from hmm.script.memory import faulting
+from hmm.script.operations import Answer, Refused, operation
 from mm.errors import InvalidArgument, MmError
 from mm.gup import Pin
 from mm.typing import PAGE_SIZE

@@ -9,6 +9,8 @@ from mm import Machine
 from mm.debug import dump_page
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
+from mm.mempolicy import Mempolicy, Mpol
+from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.mmzone import Lru
 from mm.page_flags import (
     PG_active,
@@ -30,6 +32,7 @@ from mm.swapops import (
 )
 from mm.types import COLUMNS, VM_WRITE, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
+from tests.hmm.watch import Watch
 from tests.world import mapped_range
 
 KINDS = ("mapped", "free", "device", "free device")
@@ -107,6 +110,8 @@ class TestColumns:
     @pytest.mark.parametrize("column", [c.name for c in COLUMNS if c.name != "lru_stamp"])
     def test_every_column_of_every_kind_of_page(self, world, column, kind):
         """A wrong value is found, wherever it is, and named by its column."""
+        if (column, kind) == ("private", "device"):
+            return  # that is its driver's
         rows, pfn = getattr(world.machine.mem, column), page_of(world, kind)
         wrong = rows[pfn] | np.uint64(1 << 40) if column == "flags" else rows[pfn] + 1
 
@@ -210,7 +215,13 @@ class TestFlags:
 class TestCounters:
     @pytest.mark.parametrize(
         "name",
-        ["nr_free_pages", "nr_anon_pages", "nr_page_table_pages", *(f"nr_{x.name}" for x in Lru)],
+        [
+            "nr_free_pages",
+            "nr_anon_pages",
+            "nr_isolated_anon",
+            "nr_page_table_pages",
+            *(f"nr_{x.name}" for x in Lru),
+        ],
     )
     def test_amounts(self, world, name):
         """What a counter says is what there is."""
@@ -395,6 +406,13 @@ class TestEntries:
         assert page_anon(world.machine.mem, pages(pfn)).all()
         assert f"mapping: page {pfn:#x}: not an anon_vma of {world.vma!r}" in found
 
+    def test_policy_for_a_node_that_there_is_not(self, world):
+        """A range wants its pages on nodes of the machine."""
+        with spoiled_attribute(world.vma, "vm_policy", Mempolicy(Mpol.BIND, (0, 1))):
+            (line,) = complaints(world.machine)
+
+        assert line.startswith(f"vm_policy: {world.vma!r} of train wants")
+
     def test_entry_outside_every_area(self, world):
         """Nothing is mapped where no area is."""
         vma = world.vma
@@ -488,6 +506,49 @@ class TestAreas:
         mem.anon_vmas[anon_vma.number] = anon_vma
 
         assert {"anon_vma"} == found
+
+
+class TestNotifiers:
+    @pytest.fixture
+    def watch(self, world):
+        with Watch(world.process.mm, 16, 32) as watch:
+            yield watch
+
+    def test_invalidation_that_never_ended(self, world):
+        """Between two calls nothing is being invalidated."""
+        mm = world.process.mm
+        with mmu_notifier_range(mm, 0, 9, MmuNotifyEvent.CLEAR):
+            assert ["invalidating"] == [*named(world.machine)]
+
+    def test_count_of_the_address_space(self, world):
+        """It is even then."""
+        world.process.mm.invalidate_seq += 1
+        assert ["invalidate_seq"] == [*named(world.machine)]
+        world.process.mm.invalidate_seq += 1
+
+    @pytest.mark.parametrize("wrong", [2, 1_000_001])
+    def test_count_of_a_notifier(self, world, watch, wrong):
+        """It is odd, and not from the future."""
+        before, watch.invalidate_seq = watch.invalidate_seq, wrong
+        assert ["invalidate_seq"] == [*named(world.machine)]
+        watch.invalidate_seq = before
+
+    def test_order_of_notifiers(self, world, watch):
+        """They ascend."""
+        with Watch(world.process.mm, 48, 64):
+            watch.start = 50
+            found = named(world.machine)
+            watch.start = 16
+
+        assert {"interval_notifiers"} == set(found)
+
+    def test_notifier_of_somebody_else(self, world, watch):
+        """A notifier is in the list of the address space that it watches."""
+        watch.mm = None
+        found = named(world.machine)
+        watch.mm = world.process.mm
+
+        assert {"interval_notifiers"} == set(found)
 
 
 class TestHealthy:

@@ -470,8 +470,8 @@ class TestMemWrite:
     def test_untouched_page_of_a_read_only_mapping(self, watched, faults):
         """A second fault notes the change where somebody watches for changes."""
         world = mapped_range(pages=1, prot="r", filled=False)
-        if not watched:
-            world.vma.vm_flags |= VM_SOFTDIRTY
+        if watched:
+            world.vma.vm_flags &= ~VM_SOFTDIRTY
 
         assert faults == faults_of(world, lambda: world.process.mem_write(world.addr, b"x"))
         assert watched == bool(pte_soft_dirty(world.ptes()).all())
@@ -548,8 +548,8 @@ def populate(spots, prot, unwatched):
         world.fork(*(page for page, spot in enumerate(spots) if spot == "shared"))
     if prot != "rw":
         world.protect(prot)
-    if unwatched:
-        world.vma.vm_flags |= VM_SOFTDIRTY
+    if not unwatched:
+        world.vma.vm_flags &= ~VM_SOFTDIRTY
     return world
 
 

@@ -143,7 +143,7 @@ class TestCopyOnWrite:
         world = mapped_range(pages=3)
         mem, shared = world.machine.mem, world.pfns()[1:2]
         get_page(mem, shared)
-        page_add_anon_rmap(mem, shared)
+        page_add_anon_rmap(world.vma, shared)
         mem.flags[shared] &= ~PG_anon_exclusive
         put_entries(world, world.ptes() & ~_PAGE_RW)
 
@@ -152,7 +152,7 @@ class TestCopyOnWrite:
         assert b"mine\1" == world.process.read(world.at(1), 5)
         assert b"\1\1\1\1\1" == mem.payload[shared[0], :5].tobytes()
         assert shared[0] not in world.pfns()
-        page_remove_rmap(mem, shared)
+        page_remove_rmap(world.vma, shared)
         put_page(mem, shared)
 
     def test_mixture(self):
@@ -373,7 +373,7 @@ class TestZap:
         """What is zapped reads as zeros; the mapping stays."""
         world = mapped_range(pages=3)
         with world.process.mm.mmap_sem.write():
-            zap_page_range(world.process.mm, world.at(1), world.at(2), MmuNotifyEvent.CLEAR)
+            zap_page_range(world.vma, world.at(1), world.at(2), MmuNotifyEvent.CLEAR)
 
         assert [0, 0, 2] == world.contents()
         assert 2 == world.process.mm.anon_rss

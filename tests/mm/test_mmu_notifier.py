@@ -1,19 +1,33 @@
 """What listeners on an address space hear, and when."""
 
+import errno
+import threading
+
 import pytest
 
+from mm.errors import Deadlock, DriverBug, InvalidArgument, Overflow, WouldBlock
 from mm.mmap import exit_mmap
 from mm.mmu_notifier import (
+    ULONG_MAX,
+    MmuIntervalNotifier,
     MmuNotifyEvent,
+    mmu_interval_check_retry,
+    mmu_interval_notifier_insert,
+    mmu_interval_notifier_remove,
+    mmu_interval_read_begin,
+    mmu_interval_read_retry,
+    mmu_interval_set_seq,
     mmu_notifier_range,
     mmu_notifier_register,
     mmu_notifier_unregister,
 )
 from mm.pgtable import pte_none
 from mm.typing import PAGE_SIZE
+from tests.interleave import explore, run_interleaved
 from tests.world import mapped_range
 
 CLEAR, UNMAP, MIGRATE = MmuNotifyEvent.CLEAR, MmuNotifyEvent.UNMAP, MmuNotifyEvent.MIGRATE
+RELEASE = MmuNotifyEvent.RELEASE
 
 
 class Listener:
@@ -155,3 +169,324 @@ class TestEvents:
             exit_mmap(world.process.mm)
 
         assert [("release", [True, True])] == listener.heard
+
+
+class Interval(MmuIntervalNotifier):
+    """Notes what it hears; *answer*: what it says to that, or the exception that it raises."""
+
+    def __init__(self, mm, start, end, *, log=None, deaf=False, answer=True):
+        self.log = [] if log is None else log
+        self.deaf = deaf
+        self.answer = answer
+        mmu_interval_notifier_insert(self, mm, start, end)
+
+    def invalidate(self, invalid, cur_seq):
+        self.log.append((self.start, invalid.event, invalid.start, invalid.end))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        if not self.deaf:
+            mmu_interval_set_seq(self, cur_seq)
+        return self.answer
+
+
+@pytest.fixture
+def mm():
+    """An address space; its interval notifiers are gone when the test ends."""
+    mm = mapped_range(pages=1).process.mm
+    yield mm
+    for notifier in tuple(mm.interval_notifiers):
+        mmu_interval_notifier_remove(notifier)
+
+
+def change(mm, start, end, event=CLEAR, **options):
+    with mmu_notifier_range(mm, start, end, event, **options):
+        pass
+
+
+class TestIntervals:
+    @pytest.mark.parametrize(
+        ("start", "end", "heard"),
+        [(5, 10, False), (5, 11, True), (19, 30, True), (20, 30, False), (12, 13, True)],
+    )
+    def test_what_touches_the_interval_is_heard(self, mm, start, end, heard):
+        """The ends do not belong to the ranges."""
+        notifier = Interval(mm, 10, 20)
+
+        change(mm, start, end)
+
+        assert [(10, CLEAR, start, end)] * heard == notifier.log
+
+    def test_order(self, mm):
+        """Intervals hear of it by start, those with one start in the order in which they came."""
+        log = []
+        for start, end in ((30, 40), (10, 40), (20, 40), (10, 15)):
+            Interval(mm, start, end, log=log)
+
+        change(mm, 0, 99)
+
+        assert [10, 10, 20, 30] == [start for start, *_ in log]
+
+    def test_intervals_come_before_listeners(self, mm):
+        """As in Linux, the interval notifiers of an address space are told first."""
+        log = []
+        Interval(mm, 0, 99, log=log)
+        listener = Listener()
+        listener.heard = log
+        mmu_notifier_register(listener, mm)
+
+        change(mm, 0, 9)
+
+        assert [0, "start", "end"] == [what for what, *_ in log]
+        mmu_notifier_unregister(listener, mm)
+
+    def test_exit(self):
+        """The release of everything, then its unmapping, and each once."""
+        world = mapped_range(pages=2)
+        world.process.mmap(PAGE_SIZE)
+        notifier = Interval(world.process.mm, 0, ULONG_MAX)
+
+        world.process.exit()
+
+        assert [(0, event, 0, ULONG_MAX) for event in (RELEASE, UNMAP)] == notifier.log
+        mmu_interval_notifier_remove(notifier)
+
+    @pytest.mark.parametrize(("start", "end"), [(5, 5), (5, 4), (-1, 4), (5, ULONG_MAX + 2)])
+    def test_no_interval(self, mm, start, end):
+        """EOVERFLOW, as Linux says of an empty one too."""
+        with pytest.raises(Overflow) as refused:
+            Interval(mm, start, end)
+        assert errno.EOVERFLOW == refused.value.errno
+
+    def test_inserted_twice(self, mm):
+        """A notifier has one interval at a time."""
+        notifier = Interval(mm, 0, 9)
+        with pytest.raises(InvalidArgument, match="already"):
+            mmu_interval_notifier_insert(notifier, mm, 10, 19)
+
+    def test_process_that_has_exited(self):
+        """There is nothing to hear of it."""
+        world = mapped_range(pages=1)
+        world.process.exit()
+        with pytest.raises(InvalidArgument, match="has exited"):
+            Interval(world.process.mm, 0, 9)
+
+    def test_removed(self, mm):
+        """It hears nothing more, and cannot be removed again; it may be inserted again."""
+        notifier = Interval(mm, 0, 9)
+        mmu_interval_notifier_remove(notifier)
+        change(mm, 0, 9)
+        with pytest.raises(InvalidArgument, match="not inserted"):
+            mmu_interval_notifier_remove(notifier)
+
+        assert [] == notifier.log
+        mmu_interval_notifier_insert(notifier, mm, 0, 9)
+
+
+class TestSequence:
+    def test_quiet(self, mm):
+        """Nothing happened: what was read is true."""
+        notifier = Interval(mm, 10, 20)
+        seq = mmu_interval_read_begin(notifier)
+
+        change(mm, 20, 30)
+
+        assert not mmu_interval_read_retry(notifier, seq)
+        assert not mmu_interval_check_retry(notifier, seq)
+
+    def test_change_in_between(self, mm):
+        """It is not, from the start of a change on; the next reader has a new count."""
+        notifier = Interval(mm, 10, 20)
+        seq = mmu_interval_read_begin(notifier)
+        for _ in range(2):
+            with mmu_notifier_range(mm, 15, 16, CLEAR):
+                assert mmu_interval_read_retry(notifier, seq)
+                assert mmu_interval_check_retry(notifier, seq)
+            assert mmu_interval_read_retry(notifier, seq)
+            later = mmu_interval_read_begin(notifier)
+            assert later > seq
+            assert not mmu_interval_read_retry(notifier, later)
+            seq = later
+
+    def test_change_that_the_driver_passes_over(self, mm):
+        """Who does not set the count does not collide, nor wait: its own migrations."""
+        notifier = Interval(mm, 10, 20, deaf=True)
+        seq = mmu_interval_read_begin(notifier)
+        with mmu_notifier_range(mm, 10, 20, MIGRATE):
+            assert seq == mmu_interval_read_begin(notifier)
+
+        assert not mmu_interval_read_retry(notifier, seq)
+
+    def test_inserted_while_something_changes(self, mm):
+        """Nobody knows what of it was heard: the reader waits for the end."""
+        order = []
+        with mmu_notifier_range(mm, 0, 9, CLEAR):
+            notifier = Interval(mm, 50, 60)
+            reader = threading.Thread(
+                target=lambda: order.append(mmu_interval_read_begin(notifier) and "read")
+            )
+            reader.start()
+            reader.join(0.05)
+            order.append("end")
+        reader.join()
+
+        assert ["end", "read"] == order
+
+    def test_counts_are_odd_for_readers_and_even_at_rest(self, mm):
+        """So that a reader's count never is the one of an address space at rest."""
+        notifier = Interval(mm, 0, 9)
+        for _ in range(3):
+            change(mm, 0, 9)
+            assert (0, 1) == (mm.invalidate_seq % 2, notifier.invalidate_seq % 2)
+
+    def test_reader_that_changes_what_it_reads(self, mm):
+        """It would wait for itself, and is told so; as is who removes his notifier there."""
+        notifier = Interval(mm, 0, 9)
+        with mmu_notifier_range(mm, 0, 9, CLEAR):
+            with pytest.raises(Deadlock, match="mmu_interval_read_begin"):
+                mmu_interval_read_begin(notifier)
+            with pytest.raises(Deadlock, match="mmu_interval_notifier_remove"):
+                mmu_interval_notifier_remove(notifier)
+
+    def test_reader_and_two_changes(self, mm):
+        """Under every schedule a reader that is not told to retry has read all of one change."""
+        state = [0, 0]
+
+        def scenario(together):
+            notifier = Interval(mm, 0, 9)
+            state[:] = [0, 0]
+
+            def write():
+                for i in (0, 1):
+                    with mmu_notifier_range(mm, 0, 9, CLEAR):
+                        state[i] += 1
+                        change(mm, 0, 1)
+                        state[1 - i] += 1
+
+            def read():
+                while True:
+                    seq = mmu_interval_read_begin(notifier)
+                    first = state[0]
+                    with mm.page_table_lock:  # lets others in between
+                        second = state[1]
+                    if not mmu_interval_read_retry(notifier, seq):
+                        return first, second
+
+            seen, _ = together(read, write)
+            assert seen[0] == seen[1]
+            mmu_interval_notifier_remove(notifier)
+
+        explore(scenario, preemptions=2)
+
+    def test_remove_waits_for_the_end(self, mm):
+        """When remove() returns, the driver may free what invalidate() uses."""
+
+        def scenario(together):
+            notifier = Interval(mm, 0, 9)
+            inside = []
+
+            def write():
+                with mmu_notifier_range(mm, 0, 9, CLEAR):
+                    inside.append(notifier)
+                    with mm.page_table_lock:
+                        pass
+                    inside.remove(notifier)
+
+            def remove():
+                mmu_interval_notifier_remove(notifier)
+                return list(inside) if notifier.log else []
+
+            left, _ = together(remove, write)
+            assert [] == left
+
+        explore(scenario, preemptions=2)
+
+
+class TestRefusals:
+    def test_nonblockable_range(self, mm):
+        """EAGAIN: nothing is changed, and the range is over."""
+        ready, busy = Interval(mm, 0, 9), Interval(mm, 5, 9, answer=False)
+        with pytest.raises(WouldBlock) as refused:
+            change(mm, 0, 9, UNMAP, blockable=False)
+
+        assert errno.EAGAIN == refused.value.errno
+        assert ([], 0) == (mm.invalidating, mm.invalidate_seq % 2)
+        assert 1 == len(ready.log) == len(busy.log)
+
+    def test_refusal_where_it_may_wait(self, mm):
+        """That is the driver's mistake; the change does not happen."""
+        Interval(mm, 0, 9, answer=False)
+        with pytest.raises(DriverBug, match="refused"):
+            change(mm, 0, 9)
+
+        assert [] == mm.invalidating
+
+    def test_callback_that_raises(self):
+        """munmap() fails and changes nothing; once the callback is well again it works."""
+        world = mapped_range(pages=2)
+        notifier = Interval(world.process.mm, 0, ULONG_MAX, answer=ZeroDivisionError())
+        with pytest.raises(ZeroDivisionError):
+            world.process.munmap(world.addr, world.nbytes)
+        notifier.answer = True
+
+        assert world.intact()
+        world.process.munmap(world.addr, world.nbytes)
+        mmu_interval_notifier_remove(notifier)
+
+    def test_listeners_that_heard_the_start_hear_the_end(self, mm):
+        """So that whoever counts starts and ends is not left with an open one."""
+        first, second, third = Listener(), Listener(), Listener()
+        second.invalidate_range_start = lambda invalid: 1 / 0
+        for listener in (first, second, third):
+            mmu_notifier_register(listener, mm)
+
+        with pytest.raises(ZeroDivisionError):
+            change(mm, 0, 9)
+
+        assert (around(CLEAR, 0, 9), [], []) == (first.heard, second.heard, third.heard)
+        mm.notifiers.clear()
+
+    def test_end_that_raises(self, mm):
+        """The others hear the end too."""
+        first, second = Listener(), Listener()
+        first.invalidate_range_end = lambda invalid: 1 / 0
+        for listener in (first, second):
+            mmu_notifier_register(listener, mm)
+
+        with pytest.raises(ZeroDivisionError):
+            change(mm, 0, 9)
+
+        assert around(CLEAR, 0, 9) == second.heard
+        mm.notifiers.clear()
+
+    def test_exit_goes_on(self):
+        """Listeners that raise keep no memory alive, and keep nobody else from hearing."""
+        world = mapped_range(pages=2)
+        mm = world.process.mm
+        bad, good = (Interval(mm, 0, 99, answer=answer) for answer in (OSError("bad"), True))
+        last, rude = listening(world), listening(world)
+        rude.release = lambda mm: 1 / 0
+
+        with pytest.raises(OSError, match="bad"):
+            world.process.exit()
+
+        assert [("release",)] == last.heard
+        assert [RELEASE] == [event for _, event, *_ in good.log]
+        for notifier in (bad, good):
+            mmu_interval_notifier_remove(notifier)
+
+
+class TestSchedules:
+    def test_changes_that_overlap(self, mm):
+        """While any of them lasts a reader waits; its count is that of the last."""
+        notifier = Interval(mm, 0, 9)
+
+        def work():
+            change(mm, 0, 5)
+            change(mm, 4, 9)
+
+        for seed in range(20):
+            (seq, *_), _ = run_interleaved(
+                [lambda: mmu_interval_read_begin(notifier), work, work], seed=seed
+            )
+            assert seq <= mm.invalidate_seq
+        assert not mmu_interval_read_retry(notifier, mmu_interval_read_begin(notifier))

@@ -11,6 +11,7 @@ from mm import BusError
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
+from mm.mempolicy import Mempolicy, Mpol
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_dirty, PG_swapbacked
@@ -142,20 +143,31 @@ class TestPageReferenced:
 
 
 class TestAnonVmaPrepare:
-    @pytest.mark.parametrize("prot", ["rw", "r"])
+    @pytest.mark.parametrize("prot", ["rwx", "w"])
     def test_shared_with_a_neighbour(self, prot):
-        """Areas that could merge, but for the right to write, share one."""
-        world = mapped_range(pages=1, addr=PMD_SIZE)
-        below, above = (map_at(world.process, PMD_SIZE + d * PAGE_SIZE, prot) for d in (-1, 1))
+        """Areas that could merge, but for their rights, share one."""
+        world = mapped_range(pages=3, filled=False)
+        for page in (0, 2):
+            world.process.mprotect(world.at(page), PAGE_SIZE, prot)
+        world.process.touch(world.at(1), PAGE_SIZE)
+        below, middle, above = world.process.mm.vmas
 
         shared = {anon_vma_prepare(vma) for vma in (below, above)}
 
-        assert {vma_at(world.process, PMD_SIZE).anon_vma} == shared
+        assert {middle.anon_vma} == shared
 
     def test_own_where_the_neighbour_is_another_kind(self):
         """Code and data do not share."""
         world = mapped_range(pages=1, addr=PMD_SIZE)
         above = map_at(world.process, PMD_SIZE + PAGE_SIZE, "rx")
+
+        assert world.vma.anon_vma is not anon_vma_prepare(above)
+
+    def test_own_where_the_neighbour_has_another_policy(self):
+        """Areas whose pages come from other nodes do not become one."""
+        world = mapped_range(pages=1, addr=PMD_SIZE)
+        above = map_at(world.process, PMD_SIZE + PAGE_SIZE, "r")
+        above.vm_policy = Mempolicy(Mpol.BIND, (0,))
 
         assert world.vma.anon_vma is not anon_vma_prepare(above)
 
@@ -232,11 +244,11 @@ class TestMapcount:
         world = mapped_range(pages=4)
         mem, pfns = world.machine.mem, world.pfns()
 
-        page_add_anon_rmap(mem, np.repeat(pfns, counts))
+        page_add_anon_rmap(world.vma, np.repeat(pfns, counts))
         added = mem.mapcount[pfns].tolist()
         counted = world.machine.vmstat["nr_anon_pages"]
         for _ in range(3):
-            page_remove_rmap(mem, pfns[mem.mapcount[pfns] > 1])
+            page_remove_rmap(world.vma, pfns[mem.mapcount[pfns] > 1])
 
         assert [1 + count for count in counts] == added
         assert 4 == counted == world.machine.vmstat["nr_anon_pages"]
@@ -255,7 +267,7 @@ class TestMapcount:
         zero = mem.zero_pfn
 
         with pytest.raises(KernelBug, match=f"page {zero:#x} is unmapped more often than"):
-            page_remove_rmap(mem, pages(zero))
+            page_remove_rmap(world.vma, pages(zero))
 
         mem.mapcount[zero] = 0
 

@@ -11,7 +11,7 @@ from mm.errors import KernelBug
 from mm.gfp import GFP_KERNEL
 from mm.mmzone import Lru
 from mm.page_alloc import alloc_pages_bulk
-from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
+from mm.page_flags import PG_active, PG_lru, PG_mlocked, PG_swapbacked, PG_unevictable
 from mm.swap import (
     deactivate_page,
     get_page,
@@ -28,6 +28,7 @@ from mm.swap import (
     putback_lru_page,
 )
 from mm.typing import pages
+from mm.unevictable import munlock_page
 from tests.world import mapped_range
 
 KINDS = {
@@ -35,7 +36,7 @@ KINDS = {
     Lru.ACTIVE_ANON: PG_swapbacked | PG_active,
     Lru.INACTIVE_FILE: np.uint64(0),
     Lru.ACTIVE_FILE: PG_active,
-    Lru.UNEVICTABLE: PG_unevictable,
+    Lru.UNEVICTABLE: PG_mlocked,
 }
 
 
@@ -54,9 +55,17 @@ def listed(machine, lru=Lru.INACTIVE_ANON, nid=0):
     return lru_pages(machine.mem, machine.mem.nodes[nid].lruvec[lru]).tolist()
 
 
+def free(mem, pfns):
+    """Give *pfns* back; nobody keeps them in memory any more."""
+    mlocked = pfns[(mem.flags[pfns] & PG_mlocked) != 0]
+    mem.vmstat.add("nr_mlock", mlocked.size)  # which nobody has counted
+    munlock_page(mem, mlocked)
+    put_page(mem, pfns)
+
+
 def drop(machine, pfns):
     """Give *pfns* back; all is well after that."""
-    put_page(machine.mem, pfns)
+    free(machine.mem, pfns)
     lru_add_drain_all(machine.mem)
     machine.verify()
 
@@ -194,8 +203,9 @@ class TestPagevec:
 class TestPageLru:
     @pytest.mark.parametrize(("lru", "flags"), KINDS.items())
     def test_by_flags(self, lru, flags):
-        """Swapbacked and active choose the list; unevictable beats them."""
-        assert lru == page_lru(int(flags | PG_lru))
+        """Swapbacked and active choose the list; unevictable, as what is mlocked is, beats them."""
+        listed = PG_unevictable if flags & PG_mlocked else flags
+        assert lru == page_lru(int(listed | PG_lru))
         assert Lru.UNEVICTABLE == page_lru(int(flags | PG_unevictable))
 
     def test_each_kind_on_its_list(self):
@@ -446,7 +456,7 @@ class AnySequence(RuleBasedStateMachine):
     def free(self, random):
         going = random.sample(sorted(self.on_lists()), min(7, len(self.on_lists())))
 
-        put_page(self.mem, pages(*going))
+        free(self.mem, pages(*going))
 
         for pfns in self.lists.values():
             pfns[:] = [pfn for pfn in pfns if pfn not in going]
@@ -463,7 +473,7 @@ class AnySequence(RuleBasedStateMachine):
             assert counted == self.machine.vmstat[f"nr_{lru.name.lower()}"]
 
     def teardown(self):
-        put_page(self.mem, pages(*self.isolated))
+        free(self.mem, pages(*self.isolated))
         drop(self.machine, pages(*self.kind))
         assert self.machine.nr_free_pages == 512 - 2  # all but PFN 0 and the zero page
 

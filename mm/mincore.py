@@ -1,0 +1,36 @@
+"""mincore(): which pages of a range are in memory. Linux: mm/mincore.c."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mm.errors import InvalidArgument, NotMapped
+from mm.mmap import find_vma, page_align
+from mm.pagewalk import walk_page_range
+from mm.pgtable import pte_none
+from mm.types import MmStruct
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask
+
+
+def do_mincore(mm: MmStruct, start: int, length: int) -> Mask:
+    """True for pages that an access would find without I/O, bool[pages of the range].
+
+    What stands in the page table for a page that is somewhere else but not in swap counts: one in
+    device memory, or on its way. Takes mmap_sem for read. Raises InvalidArgument, NotMapped.
+    Linux: mincore() and do_mincore(), mm/mincore.c.
+    """
+    if start % PAGE_SIZE:
+        raise InvalidArgument(f"mincore: addr {start:#x} is not a multiple of {PAGE_SIZE:#x}")
+    end = start + page_align(length)
+    resident = np.zeros((end - start) >> PAGE_SHIFT, dtype=np.bool_)
+    with mm.mmap_sem.read():
+        addr = start
+        while addr < end:
+            vma = find_vma(mm, addr)
+            if vma is None or vma.vm_start > addr:
+                raise NotMapped(f"mincore: nothing is mapped at {addr:#x}")
+            addr = vma.vm_end
+        for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
+            with mm.page_table_lock:
+                resident[run.slice] = ~pte_none(run.ptes)
+    return resident
