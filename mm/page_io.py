@@ -2,6 +2,8 @@
 
 Swap is memory of the host, as in a RAM disk: I/O is a copy that is done when the call returns. The
 slots of `SwapInfo.read_errors` and `write_errors` fail.
+
+Unlike Linux v4.20, a page of zeros needs no I/O (as in 6.12): it is neither counted nor can it fail.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 from mm.highmem import copy_highpages
 from mm.page_flags import PG_dirty, PG_uptodate
 from mm.types import MemMap
-from mm.typing import Mask, Pfns, Slots, word
+from mm.typing import Indices, Mask, Payload, Pfns, Slots, word
 from mm.vectors import every, rows
 
 _CLEAN: Final = word(~PG_dirty)
@@ -26,14 +28,15 @@ def swap_writepage(mem: MemMap, pfns: Pfns) -> Mask:
     Linux: swap_writepage() and end_swap_bio_write(), mm/page_io.c.
     """
     slots = mem.private[pfns]
-    good = _healthy(slots, mem.swap.write_errors)
+    zero = _zero_filled(mem.payload, pfns)
+    good = _healthy(slots, mem.swap.write_errors) | zero
     if not every(good):
         pfns, slots = pfns[good], slots[good]
     if mem.payload is not None and mem.swap.contents is not None:
         copy_highpages(mem.swap.contents, slots, mem.payload, pfns)
     with mem.locks.atomic:
         mem.flags[rows(pfns)] &= _CLEAN
-    mem.vmstat.add("pswpout", pfns.size)
+    mem.vmstat.add("pswpout", pfns.size - int(np.count_nonzero(zero)))
     return good
 
 
@@ -43,15 +46,26 @@ def swap_readpage(mem: MemMap, pfns: Pfns) -> Mask:
     Linux: swap_readpage() and end_swap_bio_read(), mm/page_io.c.
     """
     slots = mem.private[pfns]
-    good = _healthy(slots, mem.swap.read_errors)
+    zero = _zero_filled(mem.swap.contents, slots)
+    good = _healthy(slots, mem.swap.read_errors) | zero
     if not every(good):
         pfns, slots = pfns[good], slots[good]
     if mem.payload is not None and mem.swap.contents is not None:
         copy_highpages(mem.payload, pfns, mem.swap.contents, slots)
     with mem.locks.atomic:
         mem.flags[rows(pfns)] |= PG_uptodate
-    mem.vmstat.add("pswpin", pfns.size)
+    mem.vmstat.add("pswpin", pfns.size - int(np.count_nonzero(zero)))
     return good
+
+
+def _zero_filled(contents: Payload | None, numbers: Indices) -> Mask:
+    """True for those of *numbers*, pages or slots, that hold nothing but zeros.
+
+    Without contents nothing is known to. Linux: is_folio_zero_filled(), mm/page_io.c, 6.12.
+    """
+    if contents is None:
+        return np.zeros(numbers.size, dtype=np.bool_)
+    return ~contents.view(np.uint64)[rows(numbers)].any(axis=1)
 
 
 def _healthy(slots: Slots, errors: set[int]) -> Mask:
