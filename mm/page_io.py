@@ -3,7 +3,7 @@
 Swap is memory of the host, as in a RAM disk: I/O is a copy that is done when the call returns. The
 slots of `SwapInfo.read_errors` and `write_errors` fail.
 
-Unlike Linux v4.20, a page of zeros needs no I/O (as in 6.12): it is neither counted nor can it fail.
+Unlike Linux v4.20, a page of zeros needs no I/O (as in 6.12): that is not counted and cannot fail.
 """
 
 from __future__ import annotations
