@@ -357,11 +357,12 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
     mem.vmstat.add("device_private_faults", addrs.size)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     owners = mem.zone[pfns]
-    for ours in pieces(owners[1:] != owners[:-1], owners.size):  # in the order of the addresses
-        zone = mem.zones[owners.item(ours.start)]
+    for near in pieces(owners[1:] != owners[:-1], owners.size):  # in the order of the addresses
+        zone = mem.zones[owners.item(near.start)]
         if zone is None or zone.pgmap is None:
-            raise KernelBug(f"device-private entry for PFN {pfns[ours][0]:#x}, which no device has")
-        faults[ours] = zone.pgmap.page_fault(vma, addrs[ours], pfns[ours], write=write)
+            pfn = pfns.item(near.start)
+            raise KernelBug(f"device-private entry for PFN {pfn:#x}, which no device has")
+        faults[near] = zone.pgmap.page_fault(vma, addrs[near], pfns[near], write=write)
     return faults
 
 

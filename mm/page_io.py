@@ -3,7 +3,8 @@
 Swap is memory of the host, as in a RAM disk: I/O is a copy that is done when the call returns. The
 slots of `SwapInfo.read_errors` and `write_errors` fail.
 
-Unlike Linux v4.20, a page of zeros needs no I/O (as in 6.12): that is not counted and cannot fail.
+Unlike Linux v4.20, a page of zeros is but a bit in `SwapInfo.zeromap`; it is neither written nor
+read (v6.12).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from mm.highmem import copy_highpages
 from mm.page_flags import PG_dirty, PG_uptodate
 from mm.types import MemMap
-from mm.typing import Indices, Mask, Payload, Pfns, Slots, word
+from mm.typing import Mask, Pfns, Slots, word
 from mm.vectors import every, rows
 
 _CLEAN: Final = word(~PG_dirty)
@@ -28,16 +29,30 @@ def swap_writepage(mem: MemMap, pfns: Pfns) -> Mask:
     Linux: swap_writepage() and end_swap_bio_write(), mm/page_io.c.
     """
     slots = mem.private[pfns]
-    zero = _zero_filled(mem.payload, pfns)
-    good = _healthy(slots, mem.swap.write_errors) | zero
+    good = _healthy(slots, mem.swap.write_errors)
     if not every(good):
         pfns, slots = pfns[good], slots[good]
+    zero = is_page_zero_filled(mem, pfns)
+    mem.swap.zeromap[slots] = zero
+    written = ~zero
     if mem.payload is not None and mem.swap.contents is not None:
-        copy_highpages(mem.swap.contents, slots, mem.payload, pfns)
+        copy_highpages(mem.swap.contents, slots[written], mem.payload, pfns[written])
     with mem.locks.atomic:
         mem.flags[rows(pfns)] &= _CLEAN
-    mem.vmstat.add("pswpout", pfns.size - int(np.count_nonzero(zero)))
+    mem.vmstat.add("pswpout", int(np.count_nonzero(written)))
     return good
+
+
+def is_page_zero_filled(mem: MemMap, pfns: Pfns) -> Mask:
+    """True for pages that hold nothing but zeros; a machine without contents knows of none.
+
+    Linux: is_folio_zero_filled(), mm/page_io.c, v6.12.
+    """
+    zero = np.zeros(pfns.size, dtype=np.bool_)
+    if mem.payload is not None:
+        zero[:] = ~mem.payload[pfns, -1].astype(np.bool_)  # one look spares most pages the rest
+        zero[zero] = ~mem.payload[pfns[zero]].any(axis=1)
+    return zero
 
 
 def swap_readpage(mem: MemMap, pfns: Pfns) -> Mask:
@@ -46,26 +61,17 @@ def swap_readpage(mem: MemMap, pfns: Pfns) -> Mask:
     Linux: swap_readpage() and end_swap_bio_read(), mm/page_io.c.
     """
     slots = mem.private[pfns]
-    zero = _zero_filled(mem.swap.contents, slots)
-    good = _healthy(slots, mem.swap.read_errors) | zero
+    good = _healthy(slots, mem.swap.read_errors)
     if not every(good):
         pfns, slots = pfns[good], slots[good]
+    zero = mem.swap.zeromap[slots]
     if mem.payload is not None and mem.swap.contents is not None:
-        copy_highpages(mem.payload, pfns, mem.swap.contents, slots)
+        copy_highpages(mem.payload, pfns[~zero], mem.swap.contents, slots[~zero])
+        mem.payload[pfns[zero]] = 0
     with mem.locks.atomic:
         mem.flags[rows(pfns)] |= PG_uptodate
-    mem.vmstat.add("pswpin", pfns.size - int(np.count_nonzero(zero)))
+    mem.vmstat.add("pswpin", int(np.count_nonzero(~zero)))
     return good
-
-
-def _zero_filled(contents: Payload | None, numbers: Indices) -> Mask:
-    """True for those of *numbers*, pages or slots, that hold nothing but zeros.
-
-    Without contents nothing is known to. Linux: is_folio_zero_filled(), mm/page_io.c, 6.12.
-    """
-    if contents is None:
-        return np.zeros(numbers.size, dtype=np.bool_)
-    return ~contents.view(np.uint64)[rows(numbers)].any(axis=1)
 
 
 def _healthy(slots: Slots, errors: set[int]) -> Mask:

@@ -155,11 +155,11 @@ def page_add_anon_rmap(vma: Vma, pfns: Pfns) -> None:
 
     Linux: page_add_anon_rmap(), mm/rmap.c.
     """
-    _add_anon_mappings(vma.vm_mm.mem, pfns)
+    _count_anon_mappings(vma.vm_mm.mem, pfns)
     mlock_vma_page(vma, pfns)
 
 
-def _add_anon_mappings(mem: MemMap, pfns: Pfns) -> None:
+def _count_anon_mappings(mem: MemMap, pfns: Pfns) -> None:
     with mem.locks.atomic:
         before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
         add_at(mem.mapcount, pfns, 1)
@@ -170,8 +170,8 @@ def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mas
     """One more mapping of each of *pfns* (distinct), which come from swap, at *addrs* of *vma*.
 
     Where it is *exclusive*, the page is the process's own. A page that is just read belongs to
-    nobody yet: then the anon_vma is the oldest of *vma*, where all who may share the page are.
-    Unlike Linux v4.20, such a page becomes PG_mlocked only when reclaim meets it (as in 6.12).
+    nobody yet: then the anon_vma is the oldest of *vma*, where all who may share the page are; and
+    a VM_LOCKED VMA does not lock it in memory before reclaim sees it, as in v6.12.
     Linux: do_page_add_anon_rmap() and __page_set_anon_rmap(), mm/rmap.c.
     """
     mem = vma.vm_mm.mem
@@ -182,7 +182,7 @@ def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mas
     mem.index[pfns[fresh]] = linear_page_index(vma, addrs[fresh])
     with mem.locks.atomic:
         mem.flags[pfns[exclusive]] |= PG_anon_exclusive
-    _add_anon_mappings(mem, pfns)
+    _count_anon_mappings(mem, pfns)
     mlock_vma_page(vma, pfns[~fresh])
 
 

@@ -25,12 +25,11 @@ class TestMovePages:
         assert [[1, 3]] == last(*FILLED, f"move_pages A 0 3 1 {option}")["status"]
 
     @pytest.mark.parametrize(
-        ("line", "ret"),
-        [("A 0 3 1 badflag", "EINVAL"), ("A 0 3 2", "ENODEV"), ("A 0 3 -1", "ENODEV")],
+        ("where", "ret"), [("1 badflag", "EINVAL"), ("2", "ENODEV"), ("-1", "ENODEV")]
     )
-    def test_refused(self, line, ret):
+    def test_refused(self, where, ret):
         """Then no status is written."""
-        assert {"ret": ret, "status": [["unset", 3]]} == last(*FILLED, f"move_pages {line}")
+        assert {"ret": ret, "status": [["unset", 3]]} == last(*FILLED, f"move_pages A 0 3 {where}")
 
     def test_movelist(self):
         """Any order, and no address at all."""

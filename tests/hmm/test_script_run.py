@@ -28,7 +28,7 @@ class TestAnswers:
         found = answers("s", iter(["mmap A 1 anon rw", "write A 0 1", "wriet A 0 1"]), host=small())
 
         assert [0, 0] == [next(found)["ret"], next(found)["ret"]]
-        with pytest.raises(ParseError, match="s, line 3: .*is it write"):
+        with pytest.raises(ParseError, match=r"s, line 3: .*is it write"):
             next(found)
 
     def test_json(self):
