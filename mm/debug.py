@@ -308,7 +308,8 @@ def check_swap(mem: MemMap, census: Census) -> Complaints:
     named = np.where(inside, mem.private[pages], 0)
     stray = inside & ((named <= 0) | (named >= si.max))
     yield from _complain("private", pages, stray, "no such slot")
-    yield from _complain("private", pages, ~inside & (mem.private[pages] != 0), "no slot is its")
+    lost = ~inside & (mem.private[pages] != 0) & ~mem.is_zone_device_page(pages)
+    yield from _complain("private", pages, lost, "no slot is its")
     pages, named = pages[inside & ~stray], named[inside & ~stray]
     yield from _complain("private", pages, si.cache[named] != pages, "the swap cache differs")
     if not mem.vmstat["nr_swapcached"] == inside.sum() == cached.sum():
