@@ -18,6 +18,7 @@ from mm.page_flags import (
     PG_dirty,
     PG_locked,
     PG_lru,
+    PG_mlocked,
     PG_reserved,
     PG_swapcache,
 )
@@ -187,6 +188,36 @@ class TestFlags:
 
         assert f"{column}: page {pfn:#x}: {rule}" in lines
 
+    @pytest.mark.parametrize(
+        ("locked", "kind", "change", "column", "rule"),
+        [
+            (False, "mapped", PG_mlocked, "flags", "mlocked, but in no VM_LOCKED memory"),
+            (True, "device", PG_mlocked, "flags", "mlocked, but in no VM_LOCKED memory"),
+            (True, "mapped", PG_mlocked, "flags", "mlocked and unevictable do not agree"),
+            (True, "mapped", PG_mlocked, "mlock_count", "more than map it of VM_LOCKED memory"),
+        ],
+    )
+    def test_mlocked_pages(self, world, locked, kind, change, column, rule):
+        """Only what VM_LOCKED memory maps is mlocked, and is where reclaim does not look."""
+        if locked:
+            world.process.mlock(world.addr, world.nbytes, onfault=True)
+        flags, pfn = world.machine.mem.flags, page_of(world, kind)
+
+        with spoiled(flags, pfn, flags[pfn] ^ change):
+            lines = complaints(world.machine)
+
+        assert f"{column}: page {pfn:#x}: {rule}" in lines
+
+    def test_counted_lock(self, world):
+        """No page is locked more often than it is mapped; less often it may be."""
+        world.process.mlock(world.addr, world.nbytes, onfault=True)
+        counts, pfn = world.machine.mem.mlock_count, page_of(world, "mapped")
+
+        with spoiled(counts, pfn, 2):
+            assert {"mlock_count"} == named(world.machine)
+        with spoiled(counts, pfn, 0):
+            world.machine.verify()
+
     def test_page_of_two_that_is_said_to_be_of_one(self, world):
         """A store would go to the page of both."""
         world.fork(0)
@@ -219,6 +250,7 @@ class TestCounters:
             "nr_free_pages",
             "nr_anon_pages",
             "nr_isolated_anon",
+            "nr_mlock",
             "nr_page_table_pages",
             *(f"nr_{x.name}" for x in Lru),
         ],
@@ -232,7 +264,7 @@ class TestCounters:
 
         assert {name} == found
 
-    @pytest.mark.parametrize(("name", "says"), [("anon_rss", 4), ("total_vm", 5)])
+    @pytest.mark.parametrize(("name", "says"), [("anon_rss", 4), ("total_vm", 5), ("locked_vm", 6)])
     def test_of_a_process(self, world, name, says):
         """The same of what a process counts."""
         with spoiled_attribute(world.process.mm, name, says):

@@ -1,5 +1,7 @@
 """Swap-type entries against bit arithmetic on Python ints."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,6 +31,7 @@ from mm.swapops import (
     make_device_private_entry,
     make_hwpoison_entry,
     make_migration_entry,
+    make_readable,
     make_swap_entry,
     non_swap_entry,
     pte_swp_exclusive,
@@ -176,3 +179,27 @@ class TestMake:
         ptes = make_hwpoison_entry(vector(offsets))
 
         assert [picture(SWP_HWPOISON, offset) for offset in offsets] == ptes.tolist()
+
+
+class TestMakeReadable:
+    LOST: ClassVar = {
+        SWP_MIGRATION_WRITE: SWP_MIGRATION_READ,
+        SWP_DEVICE_WRITE: SWP_DEVICE_READ,
+        SWP_DEVICE_EXCLUSIVE_WRITE: SWP_DEVICE_EXCLUSIVE_READ,
+    }
+
+    @given(kinds=st.lists(st.sampled_from(KINDS), min_size=1), soft=st.booleans())
+    def test_every_type(self, kinds, soft):
+        """Writable types become their readable kin, others stay; the page is the same.
+
+        Only a device-private entry pays for it with its soft-dirty bit, as in Linux.
+        """
+        ptes = np.array([picture(kind, 5) | soft * 2 for kind in kinds], dtype=np.uint64)
+
+        readable = make_readable(ptes)
+
+        kept = [soft and kind != SWP_DEVICE_WRITE for kind in kinds]
+        expected = [
+            picture(self.LOST.get(k, k), 5) | 2 * s for k, s in zip(kinds, kept, strict=True)
+        ]
+        assert expected == readable.tolist()
