@@ -25,11 +25,14 @@ from mm.errors import (
     OutOfMemory,
     SegmentationFault,
 )
+from mm.gup import set_page_dirty
 from mm.highmem import copy_highpages, memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
 from mm.mmap import TASK_SIZE_MAX, find_vma
 from mm.pgtable import (
+    _PAGE_PRESENT,
+    _PAGE_RW,
     PMD_SHIFT,
     PMD_SIZE,
     pte_offset,
@@ -39,15 +42,15 @@ from mm.pgtable import (
     pte_write,
 )
 from mm.process import Process
-from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
 from mm.uaccess import access_error, page_range
-from mm.vectors import every, pieces, places, some, stretches
+from mm.vectors import every, has, pieces, places, some, stretches
 
 gpu_fault: Final = TracePoint("gpu_fault")
 
+STREAM_PAGES: Final = 1 << 12  # that read() and write() move at a time
 MAX_ROUNDS: Final = 1000  # of faults that leave a page out of reach, before we call it a lockup
 
 
@@ -67,13 +70,21 @@ class Driver(DeviceMemory):
         """
         _check_range(self.name, addr, nbytes)
         out = np.empty(nbytes, dtype=np.uint8)
+        self.readinto(process, addr, out)
+        return out.tobytes()
+
+    def readinto(self, process: Process, addr: int, buffer: Any) -> None:
+        """As read(), filling *buffer*, anything with a buffer that may be written."""
+        out = np.frombuffer(buffer, dtype=np.uint8)
+        if not out.flags.writeable:
+            raise InvalidArgument(f"{self.name}: readinto: the buffer is read-only")
+        _check_range(self.name, addr, out.size)
 
         def load(memory: Payload, begin: int, rows: Pfns) -> None:
             last = begin + (rows.size << PAGE_SHIFT) - begin % PAGE_SIZE
             memcpy_from_pages(out[begin - addr : last - addr], memory, rows, begin % PAGE_SIZE)
 
-        self._stream(process.mm, addr, nbytes, load, write=False)
-        return out.tobytes()
+        self._stream(process.mm, addr, out.size, load, write=False)
 
     def write(self, process: Process, addr: int, data: Any) -> None:
         """Store *data* at *addr* from the device's side. Raises as read()."""
@@ -201,11 +212,9 @@ class Driver(DeviceMemory):
             table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
             with mm.page_table_lock:
                 ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
-                mine = is_device_private_entry(ptes)
-                mine[mine] = self.mem.zone[swp_offset(ptes[mine])] == self.zone.index
-                writable = is_write_device_private_entry(ptes)
+                mine, pfns, writable = self.own(ptes)
                 mine &= writable | ~write
-                if table.map(addrs[mine], swp_offset(ptes[mine]), writable[mine]):
+                if table.map(addrs[mine], pfns[mine], writable[mine]):
                     return mine
 
     def _map_remote(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> None:
@@ -225,14 +234,19 @@ class Driver(DeviceMemory):
                     self._check_faults(left[sel], faults)
 
     def _map_system(self, table: DevicePageTable, addrs: Addresses, stores: bool) -> Mask:
-        """Map what the CPU's page table says is in system memory; True where it is."""
+        """Map what the CPU's page table says is in system memory; True where it is.
+
+        What the device may store to is dirty from now on: no CPU will see its stores.
+        """
         mm, pool = table.mm, self.mem.tables
         table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
         with mm.page_table_lock:
             ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
             ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
             writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
-            if table.map(addrs[ready], pte_pfn(ptes[ready]), writable):
+            pfns = pte_pfn(ptes[ready])
+            if table.map(addrs[ready], pfns, writable):
+                set_page_dirty(self.mem, pfns[writable])
                 return ready
         return np.zeros_like(ready)
 
@@ -297,18 +311,20 @@ class Driver(DeviceMemory):
         """Let *move*(memory, address, rows) see every page of a range in order."""
         table = self.table_of(mm)
         addrs = page_range(addr, nbytes)
+        need = _PAGE_RW if write else _PAGE_PRESENT
+        batch = max(1, min(self.npages, PMD_SIZE >> PAGE_SHIFT))  # of faults
         done, rounds = 0, 0
         while done < addrs.size:
-            near = addrs[done : done + max(1, min(self.npages, PMD_SIZE >> PAGE_SHIFT))]
+            near = addrs[done : done + STREAM_PAGES]
             with mm.page_table_lock:
                 ptes = table.lookup(near)
-                ready = _reachable(ptes, np.full(near.size, write))
+                ready = has(ptes, need)
                 used = near.size if every(ready) else int(np.argmin(ready))
                 self._move_prefix(addr, near[:used], pte_pfn(ptes[:used]), move)
             done += used
             rounds = 0 if used else rounds + 1
-            missing = near[~ready]
-            if missing.size:
+            if used < min(batch, near.size):
+                missing = near[:batch][~ready[:batch]]
                 self._check_progress(rounds, missing)
                 self._fault_mm(mm, missing, np.full(missing.size, write))
 

@@ -3,6 +3,17 @@
 Read hmm/migrate.py first; it is the five stages in the order in which they run.
 """
 
+from hmm.devmem import (
+    HmmDevmem,
+    HmmDevmemOps,
+    Resource,
+    hmm_devmem_add,
+    hmm_devmem_add_resource,
+    hmm_devmem_page_get_drvdata,
+    hmm_devmem_page_set_drvdata,
+    hmm_devmem_remove,
+    hmm_vma_alloc_locked_page,
+)
 from hmm.migrate import (
     migrate_vma,
     migrate_vma_finalize,
@@ -22,6 +33,14 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_pfn,
 )
 from hmm.migration import MigrateVma, MigrateVmaOps, MigrateVmaSelect
+from hmm.mirror import (
+    HMM_UPDATE_INVALIDATE,
+    HmmMirror,
+    HmmMirrorOps,
+    HmmUpdate,
+    hmm_mirror_register,
+    hmm_mirror_unregister,
+)
 from hmm.range import (
     HMM_PFN_ERROR,
     HMM_PFN_REQ_FAULT,
@@ -32,6 +51,14 @@ from hmm.range import (
     hmm_pfn_to_pfn,
     hmm_range_fault,
 )
+from hmm.vma_range import (
+    HmmPfnFlags,
+    HmmPfnValues,
+    HmmVmaRange,
+    hmm_vma_fault,
+    hmm_vma_get_pfns,
+    hmm_vma_range_done,
+)
 
 __all__ = [
     "HMM_PFN_ERROR",
@@ -39,19 +66,26 @@ __all__ = [
     "HMM_PFN_REQ_WRITE",
     "HMM_PFN_VALID",
     "HMM_PFN_WRITE",
-    "HmmRange",
+    "HMM_UPDATE_INVALIDATE",
     "MIGRATE_PFN_DEVICE",
     "MIGRATE_PFN_ERROR",
     "MIGRATE_PFN_LOCKED",
     "MIGRATE_PFN_MIGRATE",
     "MIGRATE_PFN_VALID",
     "MIGRATE_PFN_WRITE",
-    "MigrateVma",
-    "MigrateVmaOps",
-    "MigrateVmaSelect",
-    "Stayed",
+    "hmm_devmem_add",
+    "hmm_devmem_add_resource",
+    "hmm_devmem_page_get_drvdata",
+    "hmm_devmem_page_set_drvdata",
+    "hmm_devmem_remove",
+    "hmm_mirror_register",
+    "hmm_mirror_unregister",
     "hmm_pfn_to_pfn",
     "hmm_range_fault",
+    "hmm_vma_alloc_locked_page",
+    "hmm_vma_fault",
+    "hmm_vma_get_pfns",
+    "hmm_vma_range_done",
     "migrate_pfn",
     "migrate_pfn_to_page",
     "migrate_pfn_to_pfn",
@@ -59,4 +93,18 @@ __all__ = [
     "migrate_vma_finalize",
     "migrate_vma_pages",
     "migrate_vma_setup",
+    "HmmDevmem",
+    "HmmDevmemOps",
+    "HmmMirror",
+    "HmmMirrorOps",
+    "HmmPfnFlags",
+    "HmmPfnValues",
+    "HmmRange",
+    "HmmUpdate",
+    "HmmVmaRange",
+    "MigrateVma",
+    "MigrateVmaOps",
+    "MigrateVmaSelect",
+    "Resource",
+    "Stayed",
 ]

@@ -17,15 +17,25 @@ import numpy as np
 
 from hmm.offload.replay import machine_for, replay
 from hmm.offload.traces import load_trace
+from hmm.range import HmmRange, hmm_range_fault
 from hmm.registry import load_driver
 from mm.errors import InvalidArgument
 from mm.machine import Machine
 from mm.memparse import Size, format_size
+from mm.mmu_notifier import (
+    MmuIntervalNotifier,
+    MmuNotifierRange,
+    mmu_interval_notifier_insert,
+    mmu_interval_read_begin,
+    mmu_interval_set_seq,
+)
 from mm.pgtable import pte_offset, pte_pfn
 from mm.process import Process
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.vmscan import reclaim_pages
 
 SIZE: Final = 256 << 20
+RESIDENT: Final = 64 << 20
 ROUNDS: Final = 7
 
 Work: TypeAlias = Callable[[Process, int], object]  # on a range of SIZE bytes at an address
@@ -72,8 +82,10 @@ def _open_numpy(machine: Machine, memory: Size) -> Any:
 class _Bench:
     """A machine and a device with room for SIZE, all their memory touched."""
 
-    def __init__(self) -> None:
-        self.machine = Machine(("1GiB",))
+    def __init__(self, swap: Size = "0") -> None:
+        self.machine = Machine(("1GiB",), swap)
+        if self.machine.mem.swap.contents is not None:
+            self.machine.mem.swap.contents[:] = 1
         self.gpu = _open_numpy(self.machine, SIZE)
         assert self.machine.mem.payload is not None
         self.machine.mem.payload[: self.machine.mem.max_pfn] = 1
@@ -113,6 +125,12 @@ class _Bench:
         """Migrate it back."""
         self.gpu.to_system(process, addr, SIZE)
 
+    def page_out(self, process: Process, addr: int) -> None:
+        """Have the range reclaimed."""
+        mem, pages = self.machine.mem, np.arange(addr, addr + SIZE, PAGE_SIZE)
+        at = pte_offset(mem.tables, process.mm.pgd, pages)
+        reclaim_pages(mem, pte_pfn(mem.tables.entries[at]))
+
     def on_device(self, process: Process, addr: int) -> None:
         """Give every page of the range a page of the device."""
         self.touch(process, addr)
@@ -141,6 +159,12 @@ def touch(name: str) -> Figure:
     """First store to each page of 256 MiB: a zeroed frame for every fault."""
     bench = _Bench()
     return bench.against_copy(name, lambda process, addr: None, bench.touch)
+
+
+def reclaim(name: str) -> Figure:
+    """256 MiB of touched pages, contents and all, out to swap."""
+    bench = _Bench(swap=2 * SIZE + PAGE_SIZE)
+    return bench.against_copy(name, bench.touch, bench.page_out)
 
 
 def _cost_per_page(pages: int) -> float:
@@ -184,6 +208,71 @@ def fault_back_1(name: str) -> Figure:
     return Figure(name, float(min(spent)) * 1e6, "us", "alone", None)
 
 
+class _Interval(MmuIntervalNotifier):
+    """Watches everything, and lets readers collide."""
+
+    def invalidate(self, invalid: MmuNotifierRange, cur_seq: int) -> bool:
+        mmu_interval_set_seq(self, cur_seq)
+        return True
+
+
+def hmm_range_512(name: str) -> Figure:
+    """hmm_range_fault() on 512 pages that are there: a snapshot of one page table."""
+    machine, pages = Machine(("64MiB",), payload=False), 512
+    process, watch = machine.spawn("bench"), _Interval()
+    addr = process.mmap(pages * PAGE_SIZE)
+    process.touch(addr, pages * PAGE_SIZE)
+    end = addr + pages * PAGE_SIZE
+    mmu_interval_notifier_insert(watch, process.mm, addr, end)
+    words = np.zeros(pages, dtype=np.uint64)
+    spent = float("inf")
+    with process.mm.mmap_sem.read():
+        for _ in range(100 * ROUNDS):
+            snapshot = HmmRange(watch, mmu_interval_read_begin(watch), addr, end, words)
+            spent = min(spent, _seconds(partial(hmm_range_fault, snapshot)))
+    return Figure(name, spent * 1e6, "us", "alone", None)
+
+
+def _device_access(name: str, access: str) -> Figure:
+    """*access*(process, addr, buffer) of a device to RESIDENT bytes that it holds."""
+    machine = Machine(("256MiB",))
+    gpu, process = _open_numpy(machine, RESIDENT), machine.spawn("bench")
+    addr = process.mmap(RESIDENT)
+    process.touch(addr, RESIDENT)
+    gpu.to_device(process, addr, RESIDENT)
+    source, target, buffer = np.ones((3, RESIDENT), dtype=np.uint8)
+    work = partial(getattr(gpu, access), process, addr, buffer)
+    copy = spent = float("inf")
+    for _ in range(3 * ROUNDS):
+        copy = min(copy, _seconds(partial(np.copyto, target, source)))
+        spent = min(spent, _seconds(work))
+    against = f"np.copyto of {format_size(RESIDENT)}: {copy * 1e3:.1f} ms"
+    return Figure(name, spent * 1e3, "ms", against, copy / spent)
+
+
+def device_read_resident(name: str) -> Figure:
+    """The device loads 64 MiB of its own memory, through its page table, into a buffer."""
+    return _device_access(name, "readinto")
+
+
+def device_write_resident(name: str) -> Figure:
+    """It stores as much."""
+    return _device_access(name, "write")
+
+
+def invalidate(name: str) -> Figure:
+    """munmap() of 64 MiB that a device maps: it forgets them, and all pages are free."""
+    machine = Machine(("256MiB",), payload=False)
+    gpu, process = _open_numpy(machine, RESIDENT), machine.spawn("bench")
+    spent = float("inf")
+    for _ in range(3 * ROUNDS):
+        addr = process.mmap(RESIDENT)
+        process.touch(addr, RESIDENT)
+        gpu.to_device(process, addr, RESIDENT)
+        spent = min(spent, _seconds(partial(process.munmap, addr, RESIDENT)))
+    return Figure(name, spent / (RESIDENT >> PAGE_SHIFT) * 1e9, "ns", "alone", None)
+
+
 def run_sqlite_50(name: str) -> Figure:
     """Page touches in a second of `hmm run sqlite --memory 50%`."""
     trace = load_trace("sqlite")
@@ -217,9 +306,14 @@ FIGURES: Final[dict[str, Callable[[str], Figure]]] = {
         migrate_to_system,
         migrate_scattered,
         touch,
+        reclaim,
         cost_per_page_512,
         cost_per_page_65536,
         fault_back_1,
+        hmm_range_512,
+        device_read_resident,
+        device_write_resident,
+        invalidate,
         run_sqlite_50,
         boot_1tib,
         boot_1tib_bytes_per_page,

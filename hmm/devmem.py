@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mm.errors import InvalidArgument, OutOfMemory
 from mm.filemap import lock_new_page, page_locked, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.locking import cond_resched
 from mm.memparse import Size, memparse
 from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import vmas_in
@@ -29,6 +30,7 @@ from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Pfns
 from mm.vectors import places, some
 
 PA_SECTION_SIZE: Final = 128 << 20  # what memory is added in; x86-64
+MAX_TRIES: Final = 10  # to bring back what stays, before it counts as held
 
 
 class Resource(NamedTuple):
@@ -144,16 +146,17 @@ def hmm_devmem_remove(devmem: HmmDevmem) -> None:
     """
     if devmem.removed:
         return
-    mem, left = devmem.mem, -1
-    used = _used(devmem)
-    while used.size and used.size != left:
+    mem, left, tries = devmem.mem, -1, 0
+    while (used := _used(devmem)).size and tries < MAX_TRIES:
+        tries = tries + 1 if used.size == left else 0
+        left = used.size
+        if tries:
+            cond_resched()  # somebody may be about to let go of them
         locked = used[page_locked(mem, used)]
         if locked.size:
             wait_on_page_locked(mem, locked.item(0))
         else:
-            left = used.size
             _bring_back(devmem, used[mem.mapcount[used] > 0])
-        used = _used(devmem)
     devm_memunmap_pages(mem, devmem.zone)
     devmem.removed = True
 

@@ -1,18 +1,20 @@
-"""Notifiers and ranges for tests of what a device may map."""
+"""Notifiers, mirrors and ranges for tests of what a device may map."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from hmm import HmmRange, hmm_range_fault
+from hmm import HmmMirror, HmmRange, hmm_mirror_register, hmm_range_fault
 from mm import PAGE_SIZE, Busy
 from mm.mmu_notifier import (
     MmuIntervalNotifier,
+    MmuNotifyEvent,
     mmu_interval_notifier_insert,
     mmu_interval_notifier_remove,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
     mmu_interval_set_seq,
+    mmu_notifier_range,
 )
 from tests.world import World
 
@@ -69,3 +71,32 @@ def look_until_true(hmm_range: HmmRange) -> np.ndarray:
             continue
         if not mmu_interval_read_retry(watch, hmm_range.notifier_seq):
             return words
+
+
+class MirrorOps:
+    """Ops that note what they hear; *answer*: what they say to an update, or raise."""
+
+    def __init__(self):
+        self.heard = []
+        self.answer = 0
+
+    def sync_cpu_device_pagetables(self, mirror, update):
+        self.heard.append(update)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def release(self, mirror):
+        self.heard.append("release")
+
+
+def mirror_of(mm, ops=None):
+    mirror = HmmMirror(MirrorOps() if ops is None else ops)
+    with mm.mmap_sem.write():
+        hmm_mirror_register(mirror, mm)
+    return mirror
+
+
+def change(mm, start, end, **options):
+    with mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR, **options):
+        pass

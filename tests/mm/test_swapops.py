@@ -12,6 +12,7 @@ from mm.swapops import (
     SWP_DEVICE_EXCLUSIVE_WRITE,
     SWP_DEVICE_READ,
     SWP_DEVICE_WRITE,
+    SWP_EXCLUSIVE,
     SWP_HWPOISON,
     SWP_MIGRATION_READ,
     SWP_MIGRATION_WRITE,
@@ -20,6 +21,7 @@ from mm.swapops import (
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_swap_entry,
     is_swap_pte,
     is_write_device_exclusive_entry,
     is_write_device_private_entry,
@@ -27,7 +29,9 @@ from mm.swapops import (
     make_device_private_entry,
     make_hwpoison_entry,
     make_migration_entry,
+    make_swap_entry,
     non_swap_entry,
+    pte_swp_exclusive,
     pte_swp_soft_dirty,
     swp_entry,
     swp_offset,
@@ -98,6 +102,7 @@ class TestKinds:
     @pytest.mark.parametrize(
         ("predicate", "kinds"),
         [
+            (is_swap_entry, set(range(MAX_SWAPFILES))),
             (non_swap_entry, {25, 26, 27, 28, 29, 30, 31}),
             (is_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ}),
             (is_write_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE}),
@@ -108,7 +113,7 @@ class TestKinds:
             (is_write_device_private_entry, {SWP_DEVICE_WRITE}),
         ],
     )
-    @given(offset=st.integers(0, OFFSETS - 1))
+    @given(offset=st.integers(0, OFFSETS - 2))
     def test_predicates(self, predicate, kinds, offset):
         """Each predicate knows its types, whatever the offset and the soft-dirty bit."""
         every_kind = np.concatenate([swp_entry(kind, vector([offset])) for kind in KINDS])
@@ -138,6 +143,17 @@ class TestKinds:
 
 
 class TestMake:
+    @given(slots=offset_lists)
+    def test_slot(self, slots):
+        """An entry of the first area; the bit that says whose it is stands beside the slot."""
+        ptes = make_swap_entry(vector(slots))
+        own = ptes | SWP_EXCLUSIVE
+
+        assert (slots, [0] * len(slots)) == (swp_offset(own).tolist(), swp_type(own).tolist())
+        assert pte_swp_exclusive(own).all()
+        assert not pte_swp_exclusive(ptes | SWP_SOFT_DIRTY).any()
+        assert (pte_swp_soft_dirty(own) == pte_swp_soft_dirty(ptes)).all()
+
     @pytest.mark.parametrize(
         ("make", "read", "write"),
         [

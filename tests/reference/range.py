@@ -1,4 +1,4 @@
-"""hmm_range_fault() for one page after another, to be read beside hmm/range.py.
+"""hmm_range_fault() for one page after another, to be read beside hmm/range.py; and v4.20's walk.
 
 A `Memory` says of each page what the CPU's page table holds and which VMA it is in, in words;
 faults change it as the fault handler would. Nothing here knows of vectors, runs or entries.
@@ -12,7 +12,7 @@ PAGE = 4096
 LEVELS = (48, 39, 30, 21)  # log2 of what a table's entry covers, from the top table down
 PMD = 1 << 21
 
-VALID, WRITE, ERROR = 1 << 63, 1 << 62, 1 << 61
+VALID, WRITE, ERROR, DEVICE = 1 << 63, 1 << 62, 1 << 61, 1 << 60
 REQ_FAULT, REQ_WRITE = VALID, WRITE
 
 
@@ -21,7 +21,11 @@ class Again(Exception):
 
 
 class Failed(Exception):
-    """The call fails, with the name of an errno."""
+    """The call fails, with the name of an errno; maybe at another page than the walk is at."""
+
+    def __init__(self, name: str, addr: int | None = None) -> None:
+        super().__init__(name)
+        self.addr = addr
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Memory:
     def handle_mm_fault(self, addr: int, write: bool) -> None:
         page = self.page(addr)
         if page.kind == "poison":
-            raise Failed("EFAULT")
+            raise Failed("EFAULT", addr)
         self.tables |= {(level, addr >> level) for level in LEVELS}
         self.faults += 1
         if page.kind == "device":
@@ -89,8 +93,12 @@ class Walk:
             except Again:
                 continue
             except Failed as failure:
+                self._give_up(self.last if failure.addr is None else failure.addr)
                 return str(failure)
             return ""
+
+    def _give_up(self, addr: int) -> None:
+        """The words that are not answered stay as they are."""
 
     def _walk_page_range(self) -> None:
         addr = self.last
@@ -164,3 +172,29 @@ class Walk:
     def _fill(self, addr: int, end: int, word: int) -> None:
         for one in range(addr, end, PAGE):
             self.words[(one - self.start) // PAGE] = word
+
+
+class MirrorWalk(Walk):
+    """hmm_vma_fault() of v4.20: device pages stay where they are, unless DEVICE is asked too."""
+
+    def _handle_pte(self, addr: int, end: int, prot: str) -> None:
+        page = self.memory.page(addr)
+        asked = self.words[(addr - self.start) // PAGE] & self.mask
+        if page.kind == "poison":
+            self.last = addr
+            if asked & REQ_FAULT:
+                raise Failed("EFAULT")
+            self._fill(addr, addr + PAGE, ERROR)
+            return
+        if page.kind == "device" and not (asked & REQ_FAULT and asked & DEVICE):
+            self._fill(addr, addr + PAGE, page.word | DEVICE)
+            return
+        need = self._needs(addr, 0 if page.kind == "device" else page.word)
+        if need:
+            self._fault(addr, end, need, prot)
+        self._fill(addr, addr + PAGE, page.word)
+
+    def _give_up(self, addr: int) -> None:
+        """Nothing is known from where the walk was; the page that failed is an error."""
+        self._fill(self.last, self.end, 0)
+        self._fill(addr, addr + PAGE, ERROR)
