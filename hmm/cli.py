@@ -327,7 +327,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, WorkFailed):
         return str(error)
     if isinstance(error, OSError):
-        return (error.strerror or str(error)) + notes
+        place = f"{error.filename}: " if error.filename else ""
+        return place + (error.strerror or str(error)) + notes
     return f"{type(error).__name__}: {error}{notes}"
 
 

@@ -275,6 +275,116 @@ class TestBench:
         assert "fault_back_1" in call("bench", "--only", "fault_back_1")[1]
 
 
+class TestScript:
+    @pytest.fixture
+    def write(self, tmp_path):
+        """A function that writes a script, and with *answers* its recording."""
+
+        def script(text, answers=None):
+            path = tmp_path / "a" / "s.script"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text.encode() if isinstance(text, str) else text)
+            if answers is not None:
+                path.with_suffix(".jsonl").write_text(answers)
+            return path
+
+        return script
+
+    def test_json_lines(self, call, write):
+        """One line for each operation; each script has a computer of its own."""
+        script = write("mmap A 1 anon rw\nwrite A 0 1\n")
+
+        status, out, err = call("script", script, script)
+
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert (0, "") == (status, err)
+        assert [(1, 0), (2, 0)] * 2 == [(answer["i"], answer["ret"]) for answer in answers]
+
+    def test_stdin(self, call, monkeypatch):
+        """`-` is what comes in."""
+        monkeypatch.setattr("sys.stdin", io.StringIO("vmstat\n"))
+
+        assert (0, 1) == (call("script", "-")[0], 1)
+
+    def test_wrong_line(self, call, write):
+        """It ends the script, with its place, after the answers to what stands before it."""
+        status, out, err = call("script", write("vmstat\n\nvmstta\n"))
+
+        assert (2, 1) == (status, json.loads(out)["i"])
+        assert "s.script, line 3: expected an operation at 'vmstta'; is it vmstat?" in one_line(err)
+
+    @pytest.mark.parametrize(
+        "text", [b"\xff\x00\x80" * 350_000, b"z " * 500_000, b"\n" * 10**6 + b"z"]
+    )
+    def test_garbage(self, call, write, text):
+        """However much of it ends in one line."""
+        status, out, err = call("script", write(text))
+
+        assert (2, "") == (status, out)
+        assert len(one_line(err)) < 300
+
+    def test_no_such_script(self, call):
+        """A file that is not there is said to be so."""
+        status, out, err = call("script", "nowhere.script")
+
+        assert (2, "") == (status, out)
+        assert "nowhere.script" in one_line(err)
+
+    @pytest.mark.parametrize(
+        "argv", [[], ["a.script", "--check", "."], ["--check", ".", "--tier", "may"]]
+    )
+    def test_wrong_call(self, call, argv):
+        """Scripts, or a folder to check, in a tier that there is."""
+        status, out, err = call("script", *argv)
+
+        assert (2, "") == (status, out)
+        assert one_line(err)
+
+    def test_bug(self, call, write, monkeypatch):
+        """A bug of the model is a failure that names the line of the script."""
+        monkeypatch.setattr("mm.process.Process.munmap", lambda *_: 1 // 0)
+
+        status, _, err = call("script", write("mmap A 1 anon rw\nmunmap A 0 1\n"))
+
+        assert 1 == status
+        assert "ZeroDivisionError" in one_line(err)
+        assert "s.script, line 2: munmap A 0 1" in err
+
+    def test_check(self, call, write):
+        """A table of profiles, and status 0 where all agree."""
+        answers = '{"i":1,"who":"","op":"mmap A 1 anon rw","ret":0}\n'
+        script = write("mmap A 1 anon rw\n", answers)
+
+        status, out, err = call("script", "--check", script.parent.parent, "--jobs", 1)
+
+        assert (0, "") == (status, err)
+        assert ["a", "1", "1"] == out.splitlines()[-1].split()
+
+    def test_check_differs(self, call, write):
+        """The first difference of each script, and status 1."""
+        script = write("smaps A\n", '{"i":1,"op":"smaps A","ret":0}\n')
+
+        status, out, err = call("script", "--check", script.parent, "--jobs", 1)
+
+        assert 1 == status
+        assert "a/s: line 1: smaps A: ret: kernel 0, model 'NOREGION'" in out
+        assert "1 of 1 scripts differ" in one_line(err)
+
+    def test_check_json(self, call, write):
+        """With --json it is one object."""
+        script = write("vmstat\n", '{"i":1,"op":"vmstat","ret":0}\n')
+
+        status, out, err = call("script", "--check", script.parent, "--jobs", 1, "--json")
+
+        assert (0, "") == (status, err)
+        checked = [{"profile": "a", "script": "s", "equal": True}]
+        assert {"tier": "must", "scripts": checked} == json.loads(out)
+
+    def test_check_nothing(self, call, tmp_path):
+        """A folder without scripts is a wrong call."""
+        assert 2 == call("script", "--check", tmp_path)[0]
+
+
 class TestHelp:
     @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"]])
     def test_help(self, call, argv):

@@ -187,7 +187,8 @@ class Grammar:
 
 def shown(word: str) -> str:
     """*word* as a message repeats it: quoted, printable and short."""
-    return ascii(word if len(word) <= _SHOWN else word[:_SHOWN] + "...")
+    quoted = ascii(word[: _SHOWN + 1])
+    return quoted if len(quoted) <= _SHOWN + 2 else f"{quoted[:_SHOWN]}...{quoted[0]}"
 
 
 def parse_line(

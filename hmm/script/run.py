@@ -30,6 +30,7 @@ NOT_YET: Final = (
 def _not_yet(usage: str) -> None:
     @operation(usage)
     def refuse(actor: Actor, *words: Any, **given: Any) -> Answer:
+        """The model has no such thing yet."""
         raise Unsupported(f"{usage.split(maxsplit=1)[0]}: the model has no such thing yet")
 
 
