@@ -25,6 +25,7 @@ from mm.errors import (
     OutOfMemory,
     SegmentationFault,
 )
+from mm.gup import set_page_dirty
 from mm.highmem import copy_highpages, memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
@@ -236,14 +237,19 @@ class Driver(DeviceMemory):
                     self._check_faults(left[sel], faults)
 
     def _map_system(self, table: DevicePageTable, addrs: Addresses, stores: bool) -> Mask:
-        """Map what the CPU's page table says is in system memory; True where it is."""
+        """Map what the CPU's page table says is in system memory; True where it is.
+
+        What the device may store to is dirty from now on: no CPU will see its stores.
+        """
         mm, pool = table.mm, self.mem.tables
         table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
         with mm.page_table_lock:
             ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
             ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
             writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
-            if table.map(addrs[ready], pte_pfn(ptes[ready]), writable):
+            pfns = pte_pfn(ptes[ready])
+            if table.map(addrs[ready], pfns, writable):
+                set_page_dirty(self.mem, pfns[writable])
                 return ready
         return np.zeros_like(ready)
 

@@ -278,6 +278,8 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
         count = sum(node.lruvec[lru].nr_pages for node in mem.nodes)
         if mem.vmstat[name] != count:
             yield f"{name}: says {mem.vmstat[name]}, the lists hold {count}"
+    if mem.vmstat["nr_isolated_anon"]:
+        yield f"nr_isolated_anon: says {mem.vmstat['nr_isolated_anon']}, yet nobody moves pages"
     waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for pagevec in mem.pagevecs:
         waiting[pagevec.live()] = True
@@ -395,10 +397,13 @@ def check_anon_vmas(mem: MemMap, census: Census) -> Complaints:
 
 
 def check_vmas(mem: MemMap, census: Census) -> Complaints:
-    """VMAs ascend without overlap; nothing is mapped outside them."""
+    """VMAs ascend without overlap, on nodes that there are; nothing is mapped outside them."""
+    nodes = {node.nid for node in mem.nodes}
     for mm in mem.mms:
         total, locked, end = 0, 0, 0
         for vma in mm.vmas:
+            if vma.vm_policy is not None and not nodes.issuperset(vma.vm_policy.nodes):
+                yield f"vm_policy: {vma!r} of {mm.name} wants {vma.vm_policy}"
             if not end <= vma.vm_start < vma.vm_end:
                 yield f"vma: {vma!r} of {mm.name} overlaps what ends at {end:#x}"
             total += vma_pages(vma)

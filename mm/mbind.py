@@ -43,7 +43,7 @@ from mm.migrate import (
     migrate_pages,
     putback_movable_pages,
 )
-from mm.mmap import page_align, vmas_in
+from mm.mmap import find_vma, page_align, vmas_in
 from mm.pagewalk import walk_page_range
 from mm.pgtable import pte_pfn, pte_present, pte_special
 from mm.sched import Task, current_task
@@ -111,9 +111,12 @@ def _new_pages_by(mem: MemMap, policy: Mempolicy | None) -> NewPages:
 
 def mbind_range(mm: MmStruct, start: int, end: int, policy: Mempolicy | None) -> None:
     """Give what is mapped in [*start*, *end*) another policy. Linux: mbind_range()."""
-    for vma in vmas_in(mm, start, end):
+    vma = find_vma(mm, start)
+    while vma is not None and vma.vm_start < end:
         if not mpol_equal(vma.vm_policy, policy):
-            vma_modify_policy(vma, max(start, vma.vm_start), min(end, vma.vm_end), policy)
+            first, last = max(start, vma.vm_start), min(end, vma.vm_end)
+            vma = vma_modify_policy(vma, first, last, policy)
+        vma = find_vma(mm, vma.vm_end)
 
 
 def queue_pages_range(

@@ -30,7 +30,9 @@ from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
+    _PAGE_ACCESSED,
     _PAGE_DEVMAP,
+    _PAGE_DIRTY,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
     PTRS_PER_PTE,
@@ -64,9 +66,11 @@ from mm.swapops import (
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, maybe_mkwrite
 from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
-from mm.vectors import distinct, every, has, places, some, stretches
+from mm.vectors import every, has, pieces, places, some, stretches
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
+
+_WRITTEN: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 
 page_fault_user: Final = TracePoint("page_fault_user")
 
@@ -128,7 +132,22 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool
         faults[away] = do_swap_page(vma, addrs[away], at[away], ptes[away], write=write)
     if some(kept):
         faults[kept] = do_wp_page(vma, addrs[kept], at[kept], unshare=unshare)
+    held = present & ~kept
+    if some(held):
+        ptep_set_access_flags(mm, at[held], ptes[held], write=write)
     return faults
+
+
+def ptep_set_access_flags(mm: MmStruct, at: Indices, ptes: Ptes, *, write: bool) -> None:
+    """Note a fault on entries that allow the access already, where they are still *ptes*.
+
+    A device that asks for a range faults on all of it. Linux: arch/x86/mm/pgtable.c, and the end
+    of handle_pte_fault(), mm/memory.c.
+    """
+    entries = mm.mem.tables.entries
+    with mm.page_table_lock:
+        same = entries[at] == ptes
+        entries[at[same]] |= _WRITTEN if write else _PAGE_ACCESSED
 
 
 def pte_offset_alloc(mm: MmStruct, addrs: Addresses) -> Indices:
@@ -338,12 +357,12 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
     mem.vmstat.add("device_private_faults", addrs.size)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     owners = mem.zone[pfns]
-    for index in distinct(owners):
-        zone = mem.zones[index]
-        ours = slice(None) if pfns.size == 1 else owners == index
+    for near in pieces(owners[1:] != owners[:-1], owners.size):  # in the order of the addresses
+        zone = mem.zones[owners.item(near.start)]
         if zone is None or zone.pgmap is None:
-            raise KernelBug(f"device-private entry for PFN {pfns[ours][0]:#x}, which no device has")
-        faults[ours] = zone.pgmap.page_fault(vma, addrs[ours], pfns[ours], write=write)
+            pfn = pfns.item(near.start)
+            raise KernelBug(f"device-private entry for PFN {pfn:#x}, which no device has")
+        faults[near] = zone.pgmap.page_fault(vma, addrs[near], pfns[near], write=write)
     return faults
 
 

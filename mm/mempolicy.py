@@ -23,11 +23,12 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from mm.errors import InvalidArgument
-from mm.page_alloc import alloc_pages_bulk
+from mm.gfp import Gfp
+from mm.page_alloc import Nodes, alloc_pages_bulk
 from mm.sched import Task, current_task
 from mm.types import VM_IO, VM_PFNMAP, MemMap, Vma, linear_page_index
 from mm.typing import Addresses, Indices, Pfns
-from mm.vectors import distinct, places
+from mm.vectors import distinct, joined, places
 
 MAX_NUMNODES: Final = 1 << 10  # numbers that a node may have, whether it is there or not
 
@@ -142,29 +143,42 @@ def alloc_pages_mpol(mem: MemMap, gfp: int, policy: Mempolicy | None, index: Ind
     """
     if policy is None or policy.mode is Mpol.LOCAL:
         return _alloc_pages_local(mem, gfp, index.size)
-    cpu = current_task().cpu
+    if policy.mode is Mpol.INTERLEAVE:
+        return _alloc_pages_interleaved(mem, gfp, policy, index)
     if policy.mode is Mpol.PREFERRED:
-        return alloc_pages_bulk(mem, gfp, policy.nodes[0], index.size, cpu)
-    if policy.mode is Mpol.BIND:
-        return alloc_pages_bulk(mem, gfp, mem.cpu_to_node[cpu], index.size, cpu, policy.nodes)
-    return _alloc_pages_interleaved(mem, gfp, policy, index)
+        return _alloc_pages_near(mem, gfp, policy.nodes[0], index.size)
+    return _alloc_pages_local(mem, gfp, index.size, policy.nodes)
 
 
-def _alloc_pages_local(mem: MemMap, gfp: int, count: int) -> Pfns:
-    cpu = current_task().cpu
-    return alloc_pages_bulk(mem, gfp, mem.cpu_to_node[cpu], count, cpu)
+def _alloc_pages_local(mem: MemMap, gfp: int, count: int, nodes: Nodes = None) -> Pfns:
+    return _alloc_pages_near(mem, gfp, mem.cpu_to_node[current_task().cpu], count, nodes)
+
+
+def _alloc_pages_near(mem: MemMap, gfp: int, nid: int, count: int, nodes: Nodes = None) -> Pfns:
+    """At most *count* pages of *nid* and then of what is nearest, in this order."""
+    pfns = alloc_pages_bulk(mem, gfp, nid, count, current_task().cpu, nodes)
+    if count > 1 and pfns.size and mem.zone.item(pfns.item(0)) != mem.zone.item(pfns.item(-1)):
+        nids = mem.page_to_nid(pfns)
+        order = dict.fromkeys(zone.nid for zone in mem.nodes[nid].zonelist)
+        return joined([pfns[nids == near] for near in order])
+    return pfns
 
 
 def _alloc_pages_interleaved(mem: MemMap, gfp: int, policy: Mempolicy, index: Indices) -> Pfns:
-    """Linux: interleave_nid() and alloc_page_interleave(), mm/mempolicy.c."""
+    """From each node what it has, and only then from the neighbours of those that have no more.
+
+    Linux: interleave_nid() and alloc_page_interleave(), mm/mempolicy.c.
+    """
     turns = np.array(policy.nodes)[index % len(policy.nodes)]
     pfns = np.zeros(index.size, dtype=np.int64)  # PFN 0 is no frame
-    for nid in distinct(turns):
-        at = places(turns == nid)
-        taken = alloc_pages_bulk(mem, gfp, nid, at.size, current_task().cpu)
-        mem.vmstat.add("numa_interleave", int(np.count_nonzero(mem.page_to_nid(taken) == nid)))
-        pfns[at[: taken.size]] = taken
+    for how in ((gfp | Gfp.THISNODE) & ~Gfp.DIRECT_RECLAIM, gfp):
+        for nid in distinct(turns[pfns == 0]):
+            at = places((pfns == 0) & (turns == nid))
+            taken = _alloc_pages_near(mem, how, nid, at.size)
+            pfns[at[: taken.size]] = taken
     count = int(np.count_nonzero(pfns))
     first, spare = pfns[:count], pfns[count:]
     first[first == 0] = spare[spare != 0]  # memory is short: what there is, for the first pages
+    hits = mem.page_to_nid(first) == turns[:count]
+    mem.vmstat.add("numa_interleave", int(np.count_nonzero(hits)))
     return first

@@ -174,14 +174,12 @@ def migrate_pages(mem: MemMap, pfns: Pfns, get_new_pages: NewPages) -> Errnos:
                 break
     finally:
         putback_movable_pages(mem, pfns[status != 0])
-    moved, stuck = (
-        int(np.count_nonzero(status == 0)),
-        int(np.count_nonzero(status == -errno.EAGAIN)),
-    )
-    short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
-    mem.vmstat.add("nr_isolated_anon", -moved)
-    mem.vmstat.add("pgmigrate_success", moved)
-    mem.vmstat.add("pgmigrate_fail", stuck + short)
+        moved = int(np.count_nonzero(status == 0))
+        stuck = int(np.count_nonzero(status == -errno.EAGAIN))
+        short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
+        mem.vmstat.add("nr_isolated_anon", -moved)
+        mem.vmstat.add("pgmigrate_success", moved)
+        mem.vmstat.add("pgmigrate_fail", stuck + short)
     return status
 
 
@@ -235,14 +233,14 @@ def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bo
 
 
 def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
-    """Unlock both; keep new[i] where it has *moved* and old[i] elsewhere, and free the other.
+    """Unlock both; put new[i] on a list where it has *moved*, and free what is left over.
 
-    References go before the page locks: whoever waits for a page may migrate it next.
+    The locks go first: ours may be the last reference, if others have unmapped the page.
     """
     cpu = current_task().cpu
-    putback_lru_page(mem, new[moved], cpu)
-    lru_add_drain(mem, cpu)
     unlock_page(mem, new)
     unlock_page(mem, old)
+    putback_lru_page(mem, new[moved], cpu)
+    lru_add_drain(mem, cpu)
     put_page(mem, new[~moved], cpu)
     put_page(mem, old[moved], cpu)

@@ -155,19 +155,23 @@ def page_add_anon_rmap(vma: Vma, pfns: Pfns) -> None:
 
     Linux: page_add_anon_rmap(), mm/rmap.c.
     """
-    mem = vma.vm_mm.mem
+    _count_anon_mappings(vma.vm_mm.mem, pfns)
+    mlock_vma_page(vma, pfns)
+
+
+def _count_anon_mappings(mem: MemMap, pfns: Pfns) -> None:
     with mem.locks.atomic:
         before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
         add_at(mem.mapcount, pfns, 1)
     mem.vmstat.add("nr_anon_pages", pfns.size - before)
-    mlock_vma_page(vma, pfns)
 
 
 def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mask) -> None:
     """One more mapping of each of *pfns* (distinct), which come from swap, at *addrs* of *vma*.
 
     Where it is *exclusive*, the page is the process's own. A page that is just read belongs to
-    nobody yet: then the anon_vma is the oldest of *vma*, where all who may share the page are.
+    nobody yet: then the anon_vma is the oldest of *vma*, where all who may share the page are; and
+    a VM_LOCKED VMA does not lock it in memory before reclaim sees it, as in v6.12.
     Linux: do_page_add_anon_rmap() and __page_set_anon_rmap(), mm/rmap.c.
     """
     mem = vma.vm_mm.mem
@@ -178,7 +182,8 @@ def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mas
     mem.index[pfns[fresh]] = linear_page_index(vma, addrs[fresh])
     with mem.locks.atomic:
         mem.flags[pfns[exclusive]] |= PG_anon_exclusive
-    page_add_anon_rmap(vma, pfns)
+    _count_anon_mappings(mem, pfns)
+    mlock_vma_page(vma, pfns[~fresh])
 
 
 def page_remove_rmap(vma: Vma, pfns: Pfns) -> None:

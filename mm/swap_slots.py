@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mm.errors import KernelBug
 from mm.highmem import reserve_payload
 from mm.locking import Locks
-from mm.typing import Pfns, Slots
+from mm.typing import Mask, Pfns, Slots
 from mm.vectors import add_at, every, joined, places, rows, some
 
 SWAP_HAS_CACHE: Final = 1 << 30  # Linux keeps counts in a byte, and continues them elsewhere
@@ -36,6 +36,7 @@ class SwapInfo:
         # The page in the swap cache: its PFN; where a page went lately, ~shadow (mm/workingset.py);
         # else 0. Linux: the address spaces `swapper_spaces`.
         self.cache: Pfns = np.zeros(slots, dtype=np.int64)
+        self.zeromap: Mask = np.zeros(slots, dtype=np.bool_)  # slots that stand for a page of zeros
         self.contents = reserve_payload(slots) if payload and slots else None
         self.pages = max(slots - 1, 0)  # slots that can be used
         self.inuse_pages = 0

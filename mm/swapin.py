@@ -33,7 +33,7 @@ from mm.swap_state import (
     find_get_pages,
     lookup_swap_cache,
 )
-from mm.swapfile import try_to_free_swap
+from mm.swapfile import free_pages_and_swap_cache, try_to_free_swap
 from mm.swapops import pte_swp_exclusive, pte_swp_soft_dirty, swp_offset, swp_type
 from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, Vma, VmFault
 from mm.typing import Addresses, Indices, Mask, Pfns, Ptes, Slots, word
@@ -83,7 +83,7 @@ def do_swap_in(
         here = got[mapped]
         _map(vma, addrs[here], at[here], ptes[here], pfns[mapped], page.read[here], write=write)
     unlock_page(mem, pfns)
-    put_page(mem, pfns[~mapped])  # another thread was first
+    free_pages_and_swap_cache(mem, pfns[~mapped])  # another thread was first
     for pfn in page.busy.tolist():
         wait_on_page_locked(mem, pfn)
     return np.where(same, page.faults, 0)
@@ -118,12 +118,23 @@ def swapin(vma: Vma, addrs: Addresses, slots: Slots) -> SwappedIn:
     return SwappedIn(pfns, read, faults, busy)
 
 
+def read_swap_cache_async(vma: Vma, addrs: Addresses, slots: Slots) -> None:
+    """Read *slots*, for *addrs* of *vma*, into the swap cache, ahead of faults (MADV_WILLNEED).
+
+    What cannot be read now is left for the fault. Linux: read_swap_cache_async(), mm/swap_state.c.
+    """
+    page = swapin(vma, addrs, slots)
+    pfns = page.pfns[page.pfns > 0]
+    unlock_page(vma.vm_mm.mem, pfns)
+    free_pages_and_swap_cache(vma.vm_mm.mem, pfns)
+
+
 def read_swap_cache(vma: Vma, addrs: Addresses, slots: Slots) -> tuple[Pfns, NDArray[np.uint16]]:
     """Read *slots* (distinct) into the swap cache: a page each, locked and with a reference, or 0.
 
     With it goes what the fault comes to: MAJOR, SIGBUS where the slot cannot be read, OOM where no
     frame is left for any, RETRY where none is for this one, or another thread was first.
-    Linux: read_swap_cache_async(), mm/swap_state.c.
+    Linux: __read_swap_cache_async() and swap_readpage().
     """
     mem, cpu = vma.vm_mm.mem, current_task().cpu
     si, frames = mem.swap, alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -36,10 +36,13 @@ from mm.pgtable import (
 from mm.rmap import anon_vma_clone, page_add_anon_rmap
 from mm.sched import running
 from mm.swap import get_page, isolate_lru_page, lru_add_drain_all, put_page, putback_lru_page
+from mm.swap_slots import swap_duplicate
 from mm.swapops import (
+    SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
     is_device_exclusive_entry,
     is_device_private_entry,
+    is_swap_entry,
     is_write_device_private_entry,
     make_device_exclusive_entry,
     make_device_private_entry,
@@ -47,6 +50,7 @@ from mm.swapops import (
 )
 from mm.types import VM_EXEC, VM_READ, VM_WRITE, Vma, vm_get_page_prot
 from mm.typing import Addresses, Pfns, Ptes
+from mm.vmscan import reclaim_pages
 
 SOMEBODY_ELSE = 60_000  # number of a thread that does not run
 _worlds: list[World] = []
@@ -112,6 +116,20 @@ class World:
         """True if the CPU still reads what fill() wrote, all over each page."""
         wrote = (np.arange(self.pages) % 251).astype(np.uint8).repeat(PAGE_SIZE)
         return wrote.tobytes() == self.process.read(self.addr, self.nbytes)
+
+    def slots(self) -> Pfns:
+        """Slot of each page in swap, 0 where it is elsewhere."""
+        ptes = self.ptes()
+        return np.where(is_swap_entry(ptes), swp_offset(ptes), 0)
+
+    def pageout(self, *pages: int) -> int:
+        """Have *pages*, by default all, reclaimed; how many frames that freed."""
+        pfns = self.pfns()[list(pages) if pages else slice(None)]
+        return reclaim_pages(self.machine.mem, pfns[pfns >= 0])
+
+    def seen_by(self, process: Process) -> World:
+        """The same range of another process, which shares it."""
+        return replace(self, process=process, pins=[], locked=[], isolated=[])
 
     def pin(self, page: int) -> Pin:
         """Hold a reference to *page*, as direct I/O does."""
@@ -193,13 +211,17 @@ class World:
         assert vma is not None
         anon_vma_clone(vma, self.vma)
         self.write_protect(*pages)
+        self.rewrite(pages, lambda ptes: np.where(is_swap_entry(ptes), ptes & ~SWP_EXCLUSIVE, ptes))
         which = list(pages)
-        shared = self.pfns()[which]
+        slots, shared = self.slots()[which], self.pfns()[which]
+        slots, shared = slots[slots > 0], shared[shared >= 0]
         mem.tables.entries[pte_offset_alloc(child.mm, self.addrs[which])] = self.ptes()[which]
         get_page(mem, shared)
         page_add_anon_rmap(vma, shared)
         mem.flags[shared] &= ~PG_anon_exclusive
+        swap_duplicate(mem.swap, slots)
         child.mm.anon_rss += shared.size
+        child.mm.swapents += slots.size
         return child
 
     def make_exclusive(self, *pages: int) -> Pfns:
@@ -252,13 +274,14 @@ def mapped_range(  # noqa: PLR0913 - each a default that some test varies
     prot: str = "rw",
     cpus: int = 2,
     payload: bool = True,
+    swap: str = "0",
     addr: int | None = None,
     chunk: str | None = None,
     neighbours: int | str = PAGE_SIZE,
     driver: Callable[..., Driver] = NumpyDevice,
 ) -> World:
     """A process with *pages* anonymous pages, each filled with its number, and a device."""
-    machine = Machine(nodes, payload=payload, cpus=cpus, debug=True, max_physmem="256MiB")
+    machine = Machine(nodes, swap, payload, cpus, debug=True, max_physmem="256MiB")
     free = machine.nr_free_pages
     gpu = driver(machine, memory, chunk=chunk, neighbours=neighbours)
     process = machine.spawn("train")

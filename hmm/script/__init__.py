@@ -1,5 +1,6 @@
 """Scenario scripts: memory operations in a small language, answered as recorded kernels did."""
 
+from hmm.script.actor import Host
 from hmm.script.check import Outcome, check_script, check_scripts, recorded_scripts, recording
 from hmm.script.compare import TIERS, Difference, compare
 from hmm.script.language import ParseError, parse, parse_line
@@ -10,6 +11,7 @@ __all__ = [
     "GRAMMARS",
     "TIERS",
     "Difference",
+    "Host",
     "Outcome",
     "ParseError",
     "answers",

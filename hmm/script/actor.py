@@ -10,7 +10,7 @@ Each answer is a dict with the fields that `mmscript` prints, in its order:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from hmm.dmirror import Dmirror
@@ -21,6 +21,7 @@ from hmm.script.operations import HANDLERS, UNCOUNTED, Answer, Refused, Unsuppor
 from mm.errors import BusError, InvalidRange, MmError, SegmentationFault
 from mm.gup import Pin
 from mm.machine import Machine
+from mm.memparse import Size
 from mm.process import Process
 from mm.sched import running
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, word
@@ -107,10 +108,10 @@ class File(Generic[T]):
 
 
 class Host:
-    """The computer that a script runs on: that of the recorded kernel."""
+    """The computer that a script runs on: by default that of the recorded kernel."""
 
-    def __init__(self) -> None:
-        self.machine = Machine(("1GiB", "1GiB"), swap="128MiB", cpus=2)
+    def __init__(self, nodes: Sequence[Size] = ("1GiB", "1GiB")) -> None:
+        self.machine = Machine(nodes, swap="128MiB", cpus=2)
         self.records: list[MigrationRecord] = []  # of all devices, in the order of time
         self.devices: dict[int, DmirrorDevice] = {}
         self.vmstat = dict(self.machine.vmstat)  # at the last `vmstat`

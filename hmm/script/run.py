@@ -37,14 +37,16 @@ for _usage in NOT_YET:
     _not_yet(_usage)
 
 
-def answers(name: str, lines: Iterable[str], *, verify: bool = False) -> Iterator[Answer]:
-    """Perform the script *name* on a fresh computer; an answer for each operation.
+def answers(
+    name: str, lines: Iterable[str], *, host: Host | None = None, verify: bool = False
+) -> Iterator[Answer]:
+    """Perform the script *name*, by default on a fresh computer; an answer for each operation.
 
     verify: check every rule of the model at the end. Raises ParseError at a line that is no
     operation, when what stands before it is done. Whatever else is raised is a bug of the model,
     with a note that says at which line.
     """
-    host = Host()
+    host = host or Host()
     actor = Actor(host, host.machine.spawn("script"))
     try:
         for op in parse(GRAMMARS, name, lines):

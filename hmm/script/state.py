@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hmm.dmirror_device import DmirrorChunk
 from hmm.script.actor import COUNTED, MAX_PAGES, STRIDE, Actor, Pages
@@ -12,6 +15,7 @@ from hmm.script.answers import MAX_SHOWN, runs, status_name
 from hmm.script.operations import Answer, Refused, operation
 from mm.numa import do_pages_stat
 from mm.page_flags import (
+    BIT,
     PG_anon_exclusive,
     PG_locked,
     PG_mlocked,
@@ -41,9 +45,9 @@ from mm.task_mmu import (
     PM_UFFD_WP,
     pagemap,
 )
-from mm.types import PAGE_MAPPING_ANON, MemMap, page_anon
+from mm.types import MemMap, page_anon
 from mm.typing import PAGE_SHIFT, Pfns, Ptes, Word, number
-from mm.vectors import has, some
+from mm.vectors import distinct, has, some
 
 # Counters that `vmstat` shows besides those that every answer does.
 _MORE: Final = (
@@ -62,8 +66,8 @@ _MORE: Final = (
     "compact_stall",
     "pgscan_direct",
 )
-_TYPES: Final = number((1 << MAX_SWAPFILES_SHIFT) - 1)
-_SWAP_LETTERS: Final = {
+# Letters of the entries by swap type, then those of what is no swap entry.
+_LETTERS: Final = {
     SWP_MIGRATION_READ: "M",
     SWP_MIGRATION_WRITE: "M",
     SWP_DEVICE_WRITE: "D",
@@ -72,129 +76,132 @@ _SWAP_LETTERS: Final = {
     SWP_DEVICE_EXCLUSIVE_READ: "x",
     SWP_HWPOISON: "H",
 }
-_KPAGEFLAGS: Final = (
-    ("B", int(PG_swapbacked)),
-    ("S", int(PG_swapcache)),
-    ("U", int(PG_unevictable)),
-    ("L", int(PG_mlocked)),
-)
-_BITS: Final = {"sd": PM_SOFT_DIRTY, "ex": PM_MMAP_EXCLUSIVE, "fl": PM_FILE}
+_NOTHING, _PRESENT, _ZERO = ((1 << MAX_SWAPFILES_SHIFT) + i for i in range(3))
+_ENTRY_LETTERS: Final = np.full(_ZERO + 1, "S", dtype="U1")
+_ENTRY_LETTERS[[*_LETTERS, _NOTHING, _PRESENT, _ZERO]] = [*_LETTERS.values(), *".PZ"]
+
+_TYPES: Final = number((1 << MAX_SWAPFILES_SHIFT) - 1)
+_BITS: Final = {"sd": PM_SOFT_DIRTY, "ex": PM_MMAP_EXCLUSIVE, "fl": PM_FILE, "wp": PM_UFFD_WP}
+
+# Letters of page flags; A and Z stand for what is no flag here.
+_KPF_ANON, _KPF_ZERO = BIT(62), BIT(63)
+_KPAGEFLAGS: Final = {
+    "A": _KPF_ANON,
+    "B": PG_swapbacked,
+    "S": PG_swapcache,
+    "U": PG_unevictable,
+    "L": PG_mlocked,
+    "Z": _KPF_ZERO,
+}
+_DETAILS: Final = {"A": _KPF_ANON, "E": PG_anon_exclusive, "B": PG_swapbacked, "!": PG_locked}
 
 
 class View:
     """Pages of a process, as its pagemap shows them; every vector has one element a page.
 
-    frames: PFN or swap offset; pfns: the page behind the entry, -1 where that is none, or the
-    zero page; system: where /proc/kpageflags has something to say, which is of no device page.
+    types: of swap entries, or what else the entry is; frames: PFN or swap offset; pfns: the page
+    behind the entry, -1 where there is none, or the zero page; known: those of them of which
+    /proc/kpageflags says something, which are the present ones that are no device's.
     """
 
     def __init__(self, mem: MemMap, words: Ptes) -> None:
         self.mem, self.words = mem, words
-        self.present, self.swapped = has(words, PM_PRESENT), has(words, PM_SWAP)
+        present, swapped = has(words, PM_PRESENT), has(words, PM_SWAP)
         frames = (words & PM_PFRAME_MASK).view(np.int64)
-        self.types = np.where(self.swapped, frames & _TYPES, -1)
-        self.frames = np.where(self.swapped, frames >> MAX_SWAPFILES_SHIFT, frames)
-        self.zero = self.present & (frames == mem.zero_pfn)
+        self.zero = present & (frames == mem.zero_pfn)
+        self.types = np.where(present, np.where(self.zero, _ZERO, _PRESENT), _NOTHING)
+        self.types = np.where(swapped, frames & _TYPES, self.types)
+        self.frames = np.where(swapped, frames >> MAX_SWAPFILES_SHIFT, frames)
 
-        behind = (self.present & ~self.zero) | (self.types >= MAX_SWAPFILES)
+        behind = (self.types >= MAX_SWAPFILES) & (self.types < _NOTHING) | (present ^ self.zero)
         self.pfns: Pfns = np.where(behind, self.frames, -1)
-        self.system = behind & self.present & ~mem.is_zone_device_page(self.pfns)
+        self.known = present & behind & ~mem.is_zone_device_page(self.pfns)
+        anon = page_anon(mem, self.pfns) & behind
+        self.flags = mem.flags[self.pfns] | anon * _KPF_ANON  # of the last page where there is none
 
     def letters(self) -> str:
         """What each entry is, one letter a page."""
-        present = np.where(self.zero, "Z", np.where(self.present, "P", "."))
-        return "".join(
-            there if kind < 0 else _SWAP_LETTERS.get(kind, "S")
-            for there, kind in zip(present.tolist(), self.types.tolist(), strict=True)
-        )
+        return "".join(_ENTRY_LETTERS[self.types].tolist())
 
     def bits(self, bit: Word) -> str:
         """*bit* of each word as 0 or 1; empty where all are 0."""
         found = has(self.words, bit)
         return "".join("01"[one] for one in found.tolist()) if some(found) else ""
 
-    def classes(self, known: dict[tuple[int, int], int]) -> list[int]:
+    def classes(self, seen: dict[tuple[int, int], int]) -> list[int]:
         """A number for each page, the same for the same page or swap slot; 0 for none.
 
-        Numbers are given in order of appearance, and kept in *known*.
+        Numbers are given in order of appearance, and kept in *seen*.
         """
-        kinds = np.where((self.types >= 0) & (self.types < MAX_SWAPFILES), self.types, -1)
-        there = self.present | self.swapped
+        files = np.where(self.types < MAX_SWAPFILES, self.types, -1)
+        keys = zip(files.tolist(), self.frames.tolist(), strict=True)
         return [
-            known.setdefault((kind, frame), len(known) + 1) if is_there else 0
-            for is_there, kind, frame in zip(
-                there.tolist(), kinds.tolist(), self.frames.tolist(), strict=True
-            )
+            seen.setdefault(key, len(seen) + 1) if there else 0
+            for key, there in zip(keys, (self.types != _NOTHING).tolist(), strict=True)
         ]
 
-    def mapcounts(self) -> list[int]:
-        """/proc/kpagecount of each page, -1 where it has no answer."""
-        counts = self.mem.mapcount[np.where(self.system, self.pfns, 0)]
-        return np.where(self.system, counts, -1).tolist()
+    def mapcounts(self) -> list[list[Any]]:
+        """Runs of /proc/kpagecount, -1 where it has no answer."""
+        return runs(np.where(self.known, self.mem.mapcount[self.pfns], -1).tolist())
 
-    def flags(self) -> list[str]:
-        """/proc/kpageflags of each page, in letters."""
-        pfns = np.where(self.system, self.pfns, 0)
-        flags = np.where(self.system, self.mem.flags[pfns], 0)
-        anon = self.system & page_anon(self.mem, pfns)
+    def kpageflags(self) -> list[list[Any]]:
+        """Runs of /proc/kpageflags, in letters."""
+        flags = np.where(self.known, self.flags, self.zero * _KPF_ZERO)
+        return runs(letters(_KPAGEFLAGS, flags))
+
+    def details(self) -> list[list[Any]]:
+        """Runs of references/mappings/device/flags; "-" for no page."""
+        mem, pfns = self.mem, self.pfns
+        columns = (mem.refcount[pfns], mem.mapcount[pfns], self.devices(), pfns >= 0)
+        pages = zip(*(c.tolist() for c in columns), letters(_DETAILS, self.flags), strict=True)
         return [
-            "Z" if zero else "A" * anon + _flag_letters(word)
-            for zero, anon, word in zip(
-                self.zero.tolist(), anon.tolist(), flags.tolist(), strict=True
-            )
+            [f"{refcount}/{mapcount}/{device}/{flags}" if is_page else "-", count]
+            for (refcount, mapcount, device, is_page, flags), count in runs(pages)
         ]
 
-    def details(self) -> list[str]:
-        """References, mappings, device and flags of each page; "-" for none."""
-        return [self._detail(pfn) if pfn >= 0 else "-" for pfn in self.pfns.tolist()]
-
-    def _detail(self, pfn: int) -> str:
-        mem = self.mem
-        pgmap = mem.pagemap_of(pfn)
-        device = pgmap.device.number if isinstance(pgmap, DmirrorChunk) else -1
-        flags = mem.flags.item(pfn)
-        letters = (
-            ("A", mem.mapping.item(pfn) & PAGE_MAPPING_ANON),
-            ("E", flags & int(PG_anon_exclusive)),
-            ("B", flags & int(PG_swapbacked)),
-            ("!", flags & int(PG_locked)),
-        )
-        shown = "".join(letter for letter, bit in letters if bit)
-        return f"{mem.refcount.item(pfn)}/{mem.mapcount.item(pfn)}/{device}/{shown}"
+    def devices(self) -> NDArray[np.int64]:
+        """The number of the device that each page belongs to, -1 for none."""
+        numbers = np.full(self.pfns.size, -1)
+        zones = self.mem.zone[self.pfns]
+        for index in distinct(zones):
+            zone = self.mem.zones[index]
+            if zone is not None and isinstance(zone.pgmap, DmirrorChunk):
+                numbers[zones == index] = zone.pgmap.device.number
+        return numbers
 
 
-def _flag_letters(flags: int) -> str:
-    return "".join(letter for letter, bit in _KPAGEFLAGS if flags & bit)
+def letters(names: Mapping[str, Word], flags: Ptes) -> list[str]:
+    """For each word of *flags* the letters of those of *names* that it has."""
+    words, bits = flags.tolist(), [(letter, bit.item()) for letter, bit in names.items()]
+    shown = {word: "".join(letter for letter, bit in bits if word & bit) for word in set(words)}
+    return [shown[word] for word in words]
 
 
 @operation("state {NAME first n}", counted=False)
 def state(actor: Actor, places: list[tuple[str, int, int]]) -> Answer:
+    """Where every page is, and what /proc says of it; every pagevec is drained before."""
     lru_add_drain_all(actor.host.machine.mem)
-    known: dict[tuple[int, int], int] = {}
+    seen: dict[tuple[int, int], int] = {}
     shown = []
     for name, first, n in places:
-        try:
-            pages = actor.pages(name, first, min(n, MAX_PAGES))
-        except Refused:
-            continue
-        shown.append(_state(actor, pages, known))
+        with suppress(Refused):
+            pages = actor.pages(name, first, max(min(n, MAX_PAGES), 0))
+            shown.append(_state(actor, pages, seen))
     return {"ret": 0, "s": shown}
 
 
-def _state(actor: Actor, pages: Pages, known: dict[tuple[int, int], int]) -> Answer:
+def _state(actor: Actor, pages: Pages, seen: dict[tuple[int, int], int]) -> Answer:
     mm = actor.process.mm
     view = View(mm.mem, pagemap(mm, pages.addr, pages.npages))
     answer = {"r": pages.region.name, "f": pages.first, "n": pages.npages, "st": view.letters()}
     answer |= {key: view.bits(bit) for key, bit in _BITS.items()}
-    if wp := view.bits(PM_UFFD_WP):
-        answer["wp"] = wp
+    if not answer["wp"]:
+        del answer["wp"]
     if pages.npages <= MAX_SHOWN:
-        answer["cls"] = view.classes(known)
-    answer["mc"] = runs(view.mapcounts())
-    answer["kf"] = runs(view.flags())
-    answer["pg"] = runs(view.details())
+        answer["cls"] = view.classes(seen)
+    answer |= {"mc": view.mapcounts(), "kf": view.kpageflags(), "pg": view.details()}
     status = do_pages_stat(mm, np.array(pages.addrs, dtype=np.int64))
-    answer["node"] = runs(map(status_name, status.tolist()))
+    answer["node"] = [[status_name(word), count] for word, count in runs(status.tolist())]
     return answer
 
 

@@ -501,6 +501,65 @@ class TestCpuFault:
         world.machine.verify()
 
 
+class TestNodes:
+    """Where a page comes back to is asked anew: its old node is forgotten."""
+
+    def away(self, driver, **how):
+        """Pages that were on node 1, in device memory."""
+        world = mapped_range(nodes=("16MiB", "16MiB"), driver=driver, **how)
+        world.process.move_pages(world.addrs, 1)
+        to_device(world)
+        return world
+
+    @pytest.mark.parametrize("cpu", [0, 1])
+    def test_node_of_the_cpu_that_faults(self, driver, cpu):
+        """Without a policy it is where the CPU is that touches the page."""
+        world = self.away(driver)
+        world.process.cpu = cpu
+
+        assert world.intact()
+
+        assert [cpu] * 5 == world.process.move_pages(world.addrs).tolist()
+
+    def test_policy_of_the_range(self, driver):
+        """Each page goes where its range wants it."""
+        world = self.away(driver, pages=6)
+        world.process.mbind(world.addr, 2 * PAGE_SIZE, "bind", [1])
+        world.process.mbind(world.at(4), 2 * PAGE_SIZE, "interleave", [0, 1])
+
+        assert world.intact()
+
+        turns = [(world.at(page) // PAGE_SIZE) % 2 for page in (4, 5)]
+        assert [1, 1, 0, 0, *turns] == world.process.move_pages(world.addrs).tolist()
+
+    def test_policy_of_the_task_that_asks(self, driver):
+        """to_system() is the process's own call, so its policy holds."""
+        world = self.away(driver)
+        world.process.set_mempolicy("bind", [1])
+
+        to_system(world)
+
+        assert [1] * 5 == world.process.move_pages(world.addrs).tolist()
+        assert world.intact()
+
+    def test_node_without_room(self, driver):
+        """A fault whose nodes are full finds no memory, and the page stays on the device."""
+        world = mapped_range(pages=1, nodes=("16MiB", "1MiB"), driver=driver)
+        to_device(world)
+        world.process.mbind(world.addr, PAGE_SIZE, "bind", [1])
+        hog = world.machine.spawn("hog", cpu=1)
+        hog.set_mempolicy("bind", [1])
+        with pytest.raises(OutOfMemory):
+            hog.touch(hog.mmap("1MiB"), "1MiB")
+
+        with pytest.raises(OutOfMemory):
+            world.contents()
+        assert [True] == world.on_device()
+
+        hog.exit()
+        assert world.intact()
+
+
 class TestNeighbours:
     def test_aligned_block(self, driver):
         """neighbours= brings the aligned block around the page that a CPU touches."""

@@ -9,6 +9,7 @@ from mm import Machine
 from mm.debug import dump_page
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
+from mm.mempolicy import Mempolicy, Mpol
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.mmzone import Lru
 from mm.page_flags import (
@@ -212,7 +213,13 @@ class TestFlags:
 class TestCounters:
     @pytest.mark.parametrize(
         "name",
-        ["nr_free_pages", "nr_anon_pages", "nr_page_table_pages", *(f"nr_{x.name}" for x in Lru)],
+        [
+            "nr_free_pages",
+            "nr_anon_pages",
+            "nr_isolated_anon",
+            "nr_page_table_pages",
+            *(f"nr_{x.name}" for x in Lru),
+        ],
     )
     def test_amounts(self, world, name):
         """What a counter says is what there is."""
@@ -396,6 +403,13 @@ class TestEntries:
 
         assert page_anon(world.machine.mem, pages(pfn)).all()
         assert f"mapping: page {pfn:#x}: not an anon_vma of {world.vma!r}" in found
+
+    def test_policy_for_a_node_that_there_is_not(self, world):
+        """A range wants its pages on nodes of the machine."""
+        with spoiled_attribute(world.vma, "vm_policy", Mempolicy(Mpol.BIND, (0, 1))):
+            (line,) = complaints(world.machine)
+
+        assert line.startswith(f"vm_policy: {world.vma!r} of train wants")
 
     def test_entry_outside_every_area(self, world):
         """Nothing is mapped where no area is."""

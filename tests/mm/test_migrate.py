@@ -1,4 +1,4 @@
-"""One page takes the place of another, page by page in Python beside it."""
+"""One page takes the place of another, page by page in Python beside it, and between nodes."""
 
 import errno
 import threading
@@ -8,16 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm import Machine
+from mm import Machine, migrate
 from mm.errors import Deadlock
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
 from mm.migrate import (
+    alloc_migration_target,
     migrate_page,
+    migrate_page_add,
     migrate_page_move_mapping,
     migrate_page_states,
+    migrate_pages,
     migration_entry_wait,
+    putback_movable_pages,
 )
+from mm.mmu_notifier import mmu_notifier_register
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import (
     FLAG_NAMES,
@@ -28,7 +33,9 @@ from mm.page_flags import (
     PG_unevictable,
     PG_uptodate,
 )
-from mm.swap import put_page
+from mm.pgtable import pte_soft_dirty, pte_write
+from mm.swap import lru_add_drain_all, put_page
+from mm.typing import NO_PAGES, PAGE_SIZE
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 COPIED = [PG_referenced, PG_uptodate, PG_dirty, PG_active, PG_unevictable]
@@ -147,3 +154,225 @@ class TestMigrationEntryWait:
             migration_entry_wait(world.machine.mem, world.pfns())
 
         unlock_page(world.machine.mem, world.pfns())
+
+
+class Listener:
+    """Remembers what was invalidated, (first page, pages) of *world*; does *then* at *when*."""
+
+    def __init__(self, world, when=None, then=None):
+        self.world, self.when, self.then, self.heard = world, when, then, []
+        mmu_notifier_register(self, world.process.mm)
+
+    def invalidate_range_start(self, invalid):
+        first = (invalid.start - self.world.addr) // PAGE_SIZE
+        self.heard.append((first, (invalid.end - invalid.start) // PAGE_SIZE))
+        if self.heard[-1] == self.when:
+            self.then()
+
+    def invalidate_range_end(self, invalid):
+        """Nothing was kept."""
+
+    def release(self, mm):
+        """Nothing is kept."""
+
+
+def two_nodes(pages=5, **how):
+    return mapped_range(pages=pages, **{"nodes": ("16MiB", "16MiB")} | how)
+
+
+def isolated(world, *which):
+    """The pages *which* of *world*, all by default, taken off their lists."""
+    mem, pfns = world.machine.mem, world.pfns()
+    lru_add_drain_all(mem)
+    pfns = pfns[list(which)] if which else pfns
+    assert migrate_page_add(mem, pfns).all()
+    return mem, pfns
+
+
+def to_node_1(world, *which):
+    """What migrate_pages() says about moving them to node 1."""
+    mem, pfns = isolated(world, *which)
+    return migrate_pages(mem, pfns, alloc_migration_target(mem, 1)).tolist()
+
+
+def nodes(world):
+    return world.machine.mem.page_to_nid(world.pfns()).tolist()
+
+
+class TestMigratePages:
+    def test_contents_and_state_move(self):
+        """The new page is what the old one was; the old frame is free, filled with junk."""
+        world = two_nodes()
+        mem, old = world.machine.mem, world.pfns()
+        lru_add_drain_all(mem)
+        flags = (mem.flags[old] | PG_dirty).tolist()  # by the entries, which had been written to
+
+        with world.machine.vmstat.counting("pgmigrate_success", "pgmigrate_fail") as delta:
+            assert [0] * 5 == to_node_1(world)
+
+        assert [1] * 5 == nodes(world)
+        assert world.intact()
+        assert flags == mem.flags[world.pfns()].tolist()
+        assert {"pgmigrate_success": 5, "pgmigrate_fail": 0} == delta
+        assert {0xAA} == set(mem.payload[old].reshape(-1).tolist())
+        assert not mem.refcount[old].any()
+
+    def test_every_mapping_follows(self):
+        """A page that two processes map is the same page for both afterwards."""
+        world = two_nodes(3)
+        child = world.fork(0, 1)
+
+        assert [0, 0, 0] == to_node_1(world)
+
+        assert [2, 2, 1] == world.machine.mem.mapcount[world.pfns()].tolist()
+        assert [1, 1, -errno.ENOENT] == child.move_pages(world.addrs).tolist()
+
+    def test_entries_keep_their_rights(self):
+        """What was read-only stays so, and soft-dirty stays as it is."""
+        world = two_nodes(3)
+        world.clear_refs(1)
+        world.write_protect(2)
+        rights = pte_write(world.ptes()).tolist(), pte_soft_dirty(world.ptes()).tolist()
+
+        to_node_1(world)
+
+        assert ([True, True, False], [True, False, True]) == rights
+        assert rights == (pte_write(world.ptes()).tolist(), pte_soft_dirty(world.ptes()).tolist())
+
+    def test_devices_hear_of_it(self):
+        """Each stretch of pages is invalidated once."""
+        world = two_nodes()
+        listener = Listener(world)
+
+        to_node_1(world, 0, 1, 3)
+
+        assert [(0, 2), (3, 1)] == listener.heard
+
+    def test_pinned_page_is_tried_ten_times(self):
+        """Then it stays where it is, counted once; its neighbours move at the first attempt."""
+        world = two_nodes(3)
+        world.pin(1)
+        listener = Listener(world)
+
+        with world.machine.vmstat.counting("pgmigrate_success", "pgmigrate_fail") as delta:
+            assert [0, -errno.EAGAIN, 0] == to_node_1(world)
+
+        assert [(0, 3)] + [(1, 1)] * 9 == listener.heard
+        assert {"pgmigrate_success": 2, "pgmigrate_fail": 1} == delta
+        assert ([1, 0, 1], [0, 1, 2]) == (nodes(world), world.contents())
+
+    def test_pin_that_goes_away(self):
+        """A page that is let go of between two attempts moves with the second."""
+        world = two_nodes(2)
+        pin = world.pin(0)
+        listener = Listener(world, when=(0, 1), then=pin.release)
+
+        assert [0, 0] == to_node_1(world)
+
+        assert [(0, 2), (0, 1)] == listener.heard
+
+    def test_lock_that_somebody_else_has(self):
+        """Three attempts pass it over, then it is waited for."""
+        world = two_nodes(3)
+        world.lock(1)
+        timer = threading.Timer(0.02, world.unlock, [1])
+        timer.start()
+
+        assert [0, 0, 0] == to_node_1(world)
+
+        timer.join()
+        assert [1, 1, 1] == nodes(world)
+
+    def test_own_lock(self):
+        """Who would wait for itself is told so, and what has not moved is put back."""
+        world = two_nodes(3)
+        mem, pfns = isolated(world)
+        trylock_page(mem, pfns[1:2])
+
+        with pytest.raises(Deadlock):
+            migrate_pages(mem, pfns, alloc_migration_target(mem, 1))
+
+        unlock_page(mem, pfns[1:2])
+        assert [1, 0, 1] == nodes(world)
+        assert [0] == to_node_1(world, 1)
+
+    def test_frames_run_out(self):
+        """The first pages have theirs; the next one has failed, the rest was not tried."""
+        world = two_nodes(4)
+        world.pin(0)
+        mem, pfns = isolated(world)
+
+        with world.machine.vmstat.counting("pgmigrate_success", "pgmigrate_fail") as delta:
+            status = migrate_pages(mem, pfns, lambda old: alloc_migration_target(mem, 1)(old[:2]))
+
+        assert [-errno.EAGAIN, 0, -errno.ENOMEM, -errno.ENOMEM] == status.tolist()
+        assert {"pgmigrate_success": 1, "pgmigrate_fail": 2} == delta
+        assert ([0, 1, 0, 0], [0, 1, 2, 3]) == (nodes(world), world.contents())
+
+    def test_unmapped_meanwhile(self):
+        """A page that nobody has any more when its turn comes is gone, and counts as moved."""
+        world = two_nodes(2)
+        mem, pfns = isolated(world)
+        world.process.munmap(world.addr, PAGE_SIZE)
+
+        assert [0, 0] == migrate_pages(mem, pfns, alloc_migration_target(mem, 1)).tolist()
+
+        assert 0 == mem.refcount[pfns[0]]
+        assert 1 == world.process.mm.anon_rss
+
+    def test_in_batches(self, monkeypatch):
+        """No more than a batch of pages is on the way at a time."""
+        world = two_nodes(5)
+        mem, pfns = isolated(world)
+        asked = []
+        monkeypatch.setattr(migrate, "NR_MAX_BATCHED_MIGRATION", 2)
+
+        def get_new_pages(old):
+            asked.append(old.size)
+            return alloc_migration_target(mem, 1)(old)
+
+        assert [0] * 5 == migrate_pages(mem, pfns, get_new_pages).tolist()
+
+        assert [2, 2, 1] == asked
+        assert world.intact()
+
+    def test_in_any_order(self):
+        """The order of the pages is the caller's."""
+        world = two_nodes(5)
+
+        assert [0, 0, 0] == to_node_1(world, 4, 0, 2)
+
+        assert [1, 0, 1, 0, 1] == nodes(world)
+        assert world.intact()
+
+    def test_no_pages(self):
+        """There may be none."""
+        mem = two_nodes(1).machine.mem
+
+        assert 0 == migrate_pages(mem, NO_PAGES, alloc_migration_target(mem, 1)).size
+
+
+class TestPutbackMovablePages:
+    def test_as_before(self):
+        """What was isolated is on its list again, and counted there."""
+        world = two_nodes(3)
+        lru_add_drain_all(world.machine.mem)
+        with world.machine.vmstat.counting() as delta:
+            mem, pfns = isolated(world)
+            assert 3 == mem.vmstat["nr_isolated_anon"]
+            putback_movable_pages(mem, pfns)
+
+        assert {} == delta
+
+
+class TestAllocMigrationTarget:
+    def test_no_other_node(self):
+        """When the node is full there are no more pages."""
+        world = two_nodes(1, nodes=("16MiB", "1MiB"))
+        mem = world.machine.mem
+
+        pfns = alloc_migration_target(mem, 1)(np.arange(1000))
+
+        assert {1} == set(mem.page_to_nid(pfns).tolist())
+        assert pfns.size < 256
+        put_page(mem, pfns)

@@ -337,6 +337,28 @@ class TestAllocPagesBulk:
         assert {0} == set(mem.page_to_nid(there).tolist())
         assert 0 == alloc_pages_bulk(mem, Gfp.THISNODE, 1, 1).size
 
+    @pytest.mark.parametrize(("nid", "nodes"), [(0, {1}), (1, {1}), (0, {0, 1}), (1, [0])])
+    def test_nodes_of_a_policy(self, nid, nodes):
+        """Where they are given no other node helps out, however much it has."""
+        mem = memory(*MIXED)
+
+        pfns = alloc_pages_bulk(mem, GFP_KERNEL, nid, 20_000, nodes=nodes)
+
+        assert set(nodes) == set(mem.page_to_nid(pfns).tolist())
+        assert 0 == alloc_pages_bulk(mem, GFP_KERNEL, nid, 1, nodes=()).size
+
+    def test_reclaim_on_a_node_of_the_policy(self):
+        """Direct reclaim is asked where its pages can be used."""
+        mem = memory(*MIXED)
+        alloc_pages_bulk(mem, GFP_KERNEL, 1, 20_000, nodes={1})
+        asked = []
+        for node in mem.nodes:
+            node.reclaim = lambda gfp, wanted, nid=node.nid: asked.append(nid) or 0
+
+        alloc_pages_bulk(mem, GFP_KERNEL, 0, 1, nodes={1})
+
+        assert [1] == asked
+
     @pytest.mark.parametrize("step", [1, 2])
     def test_zero_wipes_the_contents(self, step):
         """ZERO leaves nothing of what was there, in one run or in fragments."""
@@ -439,6 +461,7 @@ class TestAllocPagesBulk:
 
         dma = np.count_nonzero(held < DMA_END)
         expected = {"pgalloc_dma": dma, "pgalloc_dma32": 5000 - dma, "pgfree": 100}
+        expected |= {"numa_hit": 5000, "numa_local": 5000}
         assert expected | {"nr_free_pages": -4900} == delta
         assert ["mm_page_alloc", "mm_page_free"] == heard
 

@@ -11,6 +11,7 @@ from mm import BusError
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
+from mm.mempolicy import Mempolicy, Mpol
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_dirty, PG_swapbacked
@@ -116,6 +117,14 @@ class TestAnonVmaPrepare:
         """Code and data do not share."""
         world = mapped_range(pages=1, addr=PMD_SIZE)
         above = map_at(world.process, PMD_SIZE + PAGE_SIZE, "rx")
+
+        assert world.vma.anon_vma is not anon_vma_prepare(above)
+
+    def test_own_where_the_neighbour_has_another_policy(self):
+        """Areas whose pages come from other nodes do not become one."""
+        world = mapped_range(pages=1, addr=PMD_SIZE)
+        above = map_at(world.process, PMD_SIZE + PAGE_SIZE, "r")
+        above.vm_policy = Mempolicy(Mpol.BIND, (0,))
 
         assert world.vma.anon_vma is not anon_vma_prepare(above)
 
