@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm import Machine
+from mm.mempolicy import Mempolicy, Mpol
 from mm.mmap import find_vma
 from mm.pgtable import PUD_SIZE
 from mm.rmap import anon_vma_clone
@@ -93,7 +94,7 @@ class TestSplit:
         """Page offsets go on, file and policy are the same, and the rmap finds both."""
         touch(process, 2, 9)
         vma = process.mm.vmas[0]
-        vma.vm_policy = "a policy"
+        vma.vm_policy = Mempolicy(Mpol.BIND, (0,))
 
         rest = split_vma(vma, at(5))
 
