@@ -42,7 +42,6 @@ from mm.pgtable import (
     pte_write,
 )
 from mm.process import Process
-from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
@@ -213,11 +212,9 @@ class Driver(DeviceMemory):
             table.settle(addrs.item(0), addrs.item(-1) + PAGE_SIZE)
             with mm.page_table_lock:
                 ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
-                mine = is_device_private_entry(ptes)
-                mine[mine] = self.mem.zone[swp_offset(ptes[mine])] == self.zone.index
-                writable = is_write_device_private_entry(ptes)
+                mine, pfns, writable = self.own(ptes)
                 mine &= writable | ~write
-                if table.map(addrs[mine], swp_offset(ptes[mine]), writable[mine]):
+                if table.map(addrs[mine], pfns[mine], writable[mine]):
                     return mine
 
     def _map_remote(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -40,14 +40,14 @@ from mm.mempolicy import alloc_pages_vma
 from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import find_vma, vmas_in
 from mm.pagewalk import walk_page_range
-from mm.pgtable import PMD_SIZE
+from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
 from mm.process import Process
 from mm.rmap import rmap_walk
 from mm.sched import running
 from mm.swap import get_page, put_page
-from mm.swapops import is_device_private_entry, swp_offset
+from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, word
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes, word
 from mm.vectors import distinct, every, has, pieces, places, some
 
 MIN_CHUNK: Final = 64 << 10
@@ -66,10 +66,12 @@ class Direction(Enum):
     TO_SYSTEM = "to system"
 
 
-_SELECT: Final = {
-    Direction.TO_DEVICE: int(MigrateVmaSelect.SYSTEM),
-    Direction.TO_SYSTEM: int(MigrateVmaSelect.DEVICE_PRIVATE),
+KINDS: Final = {"private": MemoryType.DEVICE_PRIVATE, "public": MemoryType.DEVICE_PUBLIC}
+_SELECT_OWN: Final = {
+    MemoryType.DEVICE_PRIVATE: int(MigrateVmaSelect.DEVICE_PRIVATE),
+    MemoryType.DEVICE_PUBLIC: int(MigrateVmaSelect.DEVICE_COHERENT),
 }
+_SELECT_SYSTEM: Final = int(MigrateVmaSelect.SYSTEM)
 
 
 @dataclass
@@ -113,9 +115,13 @@ class Moved:
 
 
 class DeviceMemory(ABC):
-    """Pages of a device, registered as ZONE_DEVICE private memory."""
+    """Pages of a device, registered as ZONE_DEVICE memory.
 
-    type = MemoryType.DEVICE_PRIVATE
+    kind: "private", memory that only the device can touch, or "public", which the CPU maps and
+    touches as its own; its contents are the device's rows of the machine's.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("private",)  # that the driver can be opened with
 
     def __init__(
         self,
@@ -123,10 +129,14 @@ class DeviceMemory(ABC):
         memory: Size,
         *,
         name: str,
+        kind: str = "private",
         chunk: Size | None = None,
         neighbours: Size = PAGE_SIZE,
     ) -> None:
+        if kind not in KINDS:
+            raise InvalidArgument(f'{name}: kind={kind!r}: device memory is "private" or "public"')
         self.name = name
+        self.type = KINDS[kind]
         self.owner: object = self
         self.machine = machine
         self.mem = machine.mem
@@ -203,9 +213,20 @@ class DeviceMemory(ABC):
         """Pages of a range that are not in this device's memory."""
         here = 0
         for run in walk_page_range(self.mem.tables, mm.pgd, start, end, holes=False):
-            private = swp_offset(run.ptes[is_device_private_entry(run.ptes)])
-            here += int(np.count_nonzero(self.mem.zone[private] == self.zone.index))
+            here += int(np.count_nonzero(self.own(run.ptes)[0]))
         return ((end - start) >> PAGE_SHIFT) - here
+
+    def own(self, ptes: Ptes) -> tuple[Mask, Pfns, Mask]:
+        """Which of a CPU's entries *ptes* are for pages of this device, which pages, and which of
+        them may be stored to; the last two mean nothing for the others."""
+        if self.type is MemoryType.DEVICE_PRIVATE:
+            there, writable = is_device_private_entry(ptes), is_write_device_private_entry(ptes)
+            pfns = swp_offset(ptes)
+        else:
+            there, writable = pte_present(ptes) & pte_devmap(ptes), pte_write(ptes)
+            pfns = pte_pfn(ptes)
+        there[there] = self.mem.zone[pfns[there]] == self.zone.index
+        return there, pfns, writable
 
     def to_system(self, process: Process, addr: int, nbytes: Size) -> Moved:
         """Migrate the pages of [*addr*, *addr* + *nbytes*) that are here back."""
@@ -386,7 +407,8 @@ class DeviceMemory(ABC):
         wanted: Mask | None = None,
     ) -> None:
         """migrate_vma() over [*start*, *end*), in pieces that suit the cache."""
-        select = _SELECT[direction]
+        to_device = direction is Direction.TO_DEVICE
+        select = _SELECT_SYSTEM if to_device else _SELECT_OWN[self.type]
         step = TRANSFER_PAGES << PAGE_SHIFT
         for piece in range(start, end, step):
             stop = min(piece + step, end)

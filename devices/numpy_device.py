@@ -13,22 +13,28 @@ from mm.typing import PAGE_SIZE, Indices, Mask, Payload, Pfns
 
 
 class NumpyDevice(Driver):
-    """Private device memory in host memory; copies are those of NumPy."""
+    """Device memory in host memory, private or public; copies are those of NumPy."""
+
+    kinds = ("private", "public")
 
     def __init__(
         self,
         machine: Machine,
         memory: Size = "64MiB",
+        kind: str = "private",
         *,
         name: str | None = None,
         chunk: Size | None = None,
         neighbours: Size = PAGE_SIZE,
     ) -> None:
         name = name or f"numpy{self.count(machine)}"
-        super().__init__(machine, memory, name=name, chunk=chunk, neighbours=neighbours)
+        super().__init__(machine, memory, name=name, kind=kind, chunk=chunk, neighbours=neighbours)
         self._free = PageStack(self.npages)
         self._free.push(np.arange(self.npages)[::-1])
-        if machine.mem.payload is not None:
+        payload = machine.mem.payload
+        if payload is not None and kind == "public":
+            self.memory = payload[self.zone.start_pfn : self.zone.end_pfn]
+        elif payload is not None:
             self.memory = reserve_payload(self.npages)
 
     def allocate(self, npages: int) -> Indices:

@@ -32,6 +32,7 @@ from mm.mmu_notifier import (
 from mm.pgtable import pte_offset, pte_pfn
 from mm.process import Process
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.vmscan import reclaim_pages
 
 SIZE: Final = 256 << 20
 RESIDENT: Final = 64 << 20
@@ -81,8 +82,10 @@ def _open_numpy(machine: Machine, memory: Size) -> Any:
 class _Bench:
     """A machine and a device with room for SIZE, all their memory touched."""
 
-    def __init__(self) -> None:
-        self.machine = Machine(("1GiB",))
+    def __init__(self, swap: Size = "0") -> None:
+        self.machine = Machine(("1GiB",), swap)
+        if self.machine.mem.swap.contents is not None:
+            self.machine.mem.swap.contents[:] = 1
         self.gpu = _open_numpy(self.machine, SIZE)
         assert self.machine.mem.payload is not None
         self.machine.mem.payload[: self.machine.mem.max_pfn] = 1
@@ -122,6 +125,12 @@ class _Bench:
         """Migrate it back."""
         self.gpu.to_system(process, addr, SIZE)
 
+    def page_out(self, process: Process, addr: int) -> None:
+        """Have the range reclaimed."""
+        mem, pages = self.machine.mem, np.arange(addr, addr + SIZE, PAGE_SIZE)
+        at = pte_offset(mem.tables, process.mm.pgd, pages)
+        reclaim_pages(mem, pte_pfn(mem.tables.entries[at]))
+
     def on_device(self, process: Process, addr: int) -> None:
         """Give every page of the range a page of the device."""
         self.touch(process, addr)
@@ -150,6 +159,12 @@ def touch(name: str) -> Figure:
     """First store to each page of 256 MiB: a zeroed frame for every fault."""
     bench = _Bench()
     return bench.against_copy(name, lambda process, addr: None, bench.touch)
+
+
+def reclaim(name: str) -> Figure:
+    """256 MiB of touched pages, contents and all, out to swap."""
+    bench = _Bench(swap=2 * SIZE + PAGE_SIZE)
+    return bench.against_copy(name, bench.touch, bench.page_out)
 
 
 def _cost_per_page(pages: int) -> float:
@@ -291,6 +306,7 @@ FIGURES: Final[dict[str, Callable[[str], Figure]]] = {
         migrate_to_system,
         migrate_scattered,
         touch,
+        reclaim,
         cost_per_page_512,
         cost_per_page_65536,
         fault_back_1,

@@ -1,10 +1,10 @@
 """migrate_vma(): move the pages of a range into or out of device memory.
 
 Linux: the second half of mm/migrate.c as of v4.20. The five stages stand here in the order in
-which they run, and `migrate_vma()` at the end runs them:
+which they run, but for the first, and `migrate_vma()` at the end runs them:
 
-    collect    fill src from the page table, take a reference, put migration entries where the
-               page lock was free
+    collect    (hmm/collect.py) fill src from the page table, take a reference, put migration
+               entries where the page lock was free
     prepare    lock the rest, take them off the LRU, refuse what is pinned
     unmap      take away every other mapping, look for pins again
     (driver    alloc_and_copy: choose destinations, copy the contents)
@@ -20,29 +20,24 @@ device may populate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hmm.collect import migrate_vma_collect
 from hmm.contract import Contract, usable_destinations
 from hmm.migrate_pfn import (
-    MIGRATE_PFN_DEVICE,
     MIGRATE_PFN_ERROR,
     MIGRATE_PFN_LOCKED,
-    MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
-    MIGRATE_PFN_WRITE,
     MigratePfns,
     Stayed,
     is_valid,
-    migrate_pfn,
     migrate_pfn_to_pfn,
 )
 from hmm.migration import (
     SELECT_ALL,
-    SELECT_DEVICE_PRIVATE,
-    SELECT_SYSTEM,
     MigrateVma,
     MigrateVmaOps,
     Migration,
@@ -55,8 +50,7 @@ from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_lru, PG_swapcache, PG_uptodate
-from mm.pagewalk import Run, walk_page_range
-from mm.pgtable import pte_none, pte_pfn, pte_present, pte_special, pte_write
+from mm.pgtable import pte_none, pte_present, pte_special
 from mm.rmap import (
     anon_vma_prepare,
     page_add_new_anon_rmap,
@@ -64,7 +58,6 @@ from mm.rmap import (
     poison_migration_ptes,
     remove_migration_ptes,
     try_to_unmap,
-    unmap_to_migration_entries,
 )
 from mm.swap import (
     get_page,
@@ -74,123 +67,15 @@ from mm.swap import (
     put_page,
     putback_lru_page,
 )
-from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.trace import TracePoint
-from mm.types import MemMap, Vma, page_anon, vma_is_anonymous
-from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Word, word
-from mm.vectors import distinct, every, has, joined, parted, places, rows, some
+from mm.types import MemMap, Vma, page_anon
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
+from mm.vectors import distinct, every, has, parted, places, rows, some
 
-_SYSTEM: Final = word(MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED)  # what is collected, by kind
-_DEVICE: Final = word(_SYSTEM | MIGRATE_PFN_DEVICE)
 _CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
 
 mm_migrate_vma_setup: Final = TracePoint("mm_migrate_vma_setup")
 mm_migrate_vma_finalize: Final = TracePoint("mm_migrate_vma_finalize")
-
-
-# collect
-
-
-def migrate_vma_collect(migrate: MigrateVma) -> None:
-    """Fill src from the page table; lock and unmap every page whose lock is free.
-
-    Linux: migrate_vma_collect(), mm/migrate.c.
-    """
-    mm = migrate.vma.vm_mm
-    start, end = migrate.start, migrate.end
-    migrate.begin(migrate.npages)
-    found: list[_Collected] = []
-    with mmu_notifier_range(mm, start, end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner):
-        for run in walk_page_range(mm.mem.tables, mm.pgd, start, end):
-            preempt("migrate_vma_collect")
-            with mm.page_table_lock:
-                found += _collect_run(migrate, run)
-    migrate.entries = joined([kind.entries for kind in found])
-    migrate.pfns = joined([kind.pfns for kind in found])
-    migrate.late = joined([kind.late for kind in found])
-
-
-class _Collected(NamedTuple):
-    """Pages of one kind in one run: their places in the range, and where the lock is missing."""
-
-    entries: Indices
-    pfns: Pfns
-    late: Indices
-
-
-def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
-    """Linux: migrate_vma_collect_pmd() and migrate_vma_collect_hole(), mm/migrate.c."""
-    ptes = run.ptes
-    private = is_device_private_entry(ptes)
-    if not every(private):
-        present = pte_present(ptes)
-        zero = present & pte_special(ptes)
-        _collect_holes(migrate, run, pte_none(ptes) | zero & bool(migrate.select & SELECT_SYSTEM))
-        if migrate.select & SELECT_SYSTEM:
-            system = places(_wanted(migrate, run, present ^ zero))
-            if system.size:
-                yield _collect_pages(migrate, run, system, pte_pfn(ptes[system]), _SYSTEM)
-    if migrate.select & SELECT_DEVICE_PRIVATE:
-        at = places(_wanted(migrate, run, private))
-        if at.size:
-            pfns = swp_offset(ptes[at])
-            if migrate.pgmap_owner is not None:
-                at, pfns = _owned(migrate, at, pfns)
-            yield _collect_pages(migrate, run, at, pfns, _DEVICE)
-
-
-def _wanted(migrate: MigrateVma, run: Run, found: Mask) -> Mask:
-    return found if migrate.wanted is None else found & migrate.wanted[run.slice]
-
-
-def _collect_holes(migrate: MigrateVma, run: Run, empty: Mask) -> None:
-    """Enter what the device may populate in src.
-
-    Unlike Linux v4.20, holes of file mappings are left out; there they fail later, each of them.
-    """
-    if vma_is_anonymous(migrate.vma):
-        holes = places(_wanted(migrate, run, empty)) + run.first
-        migrate.src[holes] = MIGRATE_PFN_MIGRATE
-        migrate.stayed[holes] = Stayed.NO
-        migrate.holes = joined([migrate.holes, holes])
-
-
-def _owned(migrate: MigrateVma, at: Indices, pfns: Pfns) -> tuple[Indices, Pfns]:
-    """Those of device pages *pfns*, found at places *at*, that are the owner's."""
-    mem = migrate.mem
-    zones = mem.zone[pfns]
-    for index in distinct(zones):
-        zone = mem.zones[index]
-        if zone is None or zone.pgmap.owner is not migrate.pgmap_owner:
-            keep = zones != index
-            zones, at, pfns = zones[keep], at[keep], pfns[keep]
-    return at, pfns
-
-
-def _collect_pages(
-    migrate: MigrateVma, run: Run, at: Indices, pfns: Pfns, kind: Word
-) -> _Collected:
-    """Enter *pfns*, found at places *at* of the run, in src; unmap those that can be locked."""
-    mem, vma, ptes = migrate.mem, migrate.vma, run.ptes
-    mapping = mem.mapping[rows(pfns)]
-    if not every(mapping):
-        at, pfns = at[mapping != 0], pfns[mapping != 0]
-    found = ptes[at]
-    writable = is_write_device_private_entry(found) if kind is _DEVICE else pte_write(found)
-    locked = trylock_page(mem, pfns)
-    entries = at + run.first
-    word = migrate_pfn(pfns) | kind | writable * MIGRATE_PFN_WRITE
-    migrate.src[entries] = word
-    migrate.stayed[entries] = Stayed.NO
-
-    # The reference that the mapping of a locked page held becomes the migration's.
-    if every(locked):
-        ptes[at] = unmap_to_migration_entries(vma, found, pfns)
-        return _Collected(entries, pfns, NO_PAGES)
-    migrate.src[entries[~locked]] &= ~MIGRATE_PFN_LOCKED
-    get_page(mem, pfns[~locked])
-    ptes[at[locked]] = unmap_to_migration_entries(vma, found[locked], pfns[locked])
-    return _Collected(entries, pfns, entries[~locked])
 
 
 # prepare
@@ -204,8 +89,8 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
     preempt("migrate_vma_prepare")
     if migrate.late.size:
         _lock_late(migrate)
-    migrate.system = not every(migrate.mem.is_zone_device_page(migrate.pfns))
-    if migrate.system:
+    migrate.reachable = not every(migrate.mem.is_device_private_page(migrate.pfns))
+    if migrate.reachable:
         _isolate(migrate)
         _restore_pinned(migrate)
 
@@ -226,8 +111,10 @@ def _lock_late(migrate: MigrateVma) -> None:
 def _isolate(migrate: MigrateVma) -> None:
     """Take system pages off the LRU; one that somebody else has isolated stays."""
     mem = migrate.mem
-    lru_add_drain(mem)
     system = places(~mem.is_zone_device_page(migrate.pfns))
+    if not system.size:
+        return
+    lru_add_drain(mem)
     pfns = migrate.pfns[system]
     if not every(has(mem.flags[pfns], PG_lru)):
         lru_add_drain_all(mem)
@@ -249,11 +136,21 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
     """True for pages without references but their mappings, the swap cache and the migration.
 
     A device-private page always passes: the CPU threads that wait for it hold references, and
-    two of them would keep each other out for good. Linux: migrate_vma_check_page().
+    two of them would keep each other out for good. Unlike Linux v4.20, a device-public page
+    passes with one reference too many, and is refused later (as in 6.0 and since).
+    Linux: migrate_vma_check_page(), mm/migrate.c.
     """
+    besides, device = _references_besides(mem, pfns), mem.is_zone_device_page(pfns)
+    if not some(device):
+        return besides <= 0
+    return (besides <= device) | mem.is_device_private_page(pfns)
+
+
+def _references_besides(mem: MemMap, pfns: Pfns) -> NDArray[np.int32]:
+    """References to each page that are neither a mapping, nor ours, nor that of a free page."""
     which = rows(pfns)
     extra = mem.refcount[which] - mem.mapcount[which] - has(mem.flags[which], PG_swapcache)
-    return (extra <= 1) | mem.is_zone_device_page(pfns)
+    return extra - 1 - mem.is_zone_device_page(pfns)
 
 
 def _restore(migrate: Migration, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:
@@ -291,8 +188,10 @@ def migrate_vma_unmap(migrate: Migration) -> None:
         mapped = page_mapped(mem, migrate.pfns)
         if some(mapped):
             _restore(migrate, mapped, Stayed.MAPPED)
-    if migrate.system:
+    if migrate.reachable:
         _restore_pinned(migrate)
+        public = migrate.pfns[mem.is_device_public_page(migrate.pfns)]
+        migrate.held = public[_references_besides(mem, public) > 0]
 
 
 def migrate_vma_setup(migrate: MigrateVma) -> int:
@@ -354,6 +253,10 @@ def migrate_device_pages(migrate: Migration) -> None:
         refused = moved & ~anon  # only the page cache can move its own
         migrate.drop(migrate.entries[refused], Stayed.REFUSED)
         moved &= ~refused
+    if migrate.held.size:  # whoever held it may have stored to it after it was copied
+        held = moved & np.isin(migrate.pfns, migrate.held)
+        migrate.drop(migrate.entries[held], Stayed.BUSY)
+        moved &= ~held
     pfns = migrate.pfns
     if not every(moved):
         words, pfns = words[moved], pfns[moved]
@@ -385,15 +288,16 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
         with mm.page_table_lock:
             ptes = mem.tables.entries[at]
             empty = pte_none(ptes) | (pte_present(ptes) & pte_special(ptes))
-            device = mem.is_zone_device_page(pfns)
-            for kind in (empty & device, empty & ~device):
+            types = mem.memory_type[mem.zone[pfns]]
+            for memory_type in distinct(types):
+                kind = empty & (types == memory_type)
                 mapped = pfns[kind]
                 get_page(mem, mapped)
                 mem.flags[mapped] |= PG_uptodate
                 page_add_new_anon_rmap(vma, mapped, addrs[kind])
                 mm.anon_rss += mapped.size
                 mem.tables.entries[at[kind]] = anon_entries(vma, mapped)
-        lru_cache_add_active(mem, pfns[empty & ~device])
+        lru_cache_add_active(mem, pfns[empty & ~mem.is_zone_device_page(pfns)])
     migrate.drop(holes[~empty], Stayed.RACED)
 
 

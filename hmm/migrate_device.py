@@ -20,7 +20,7 @@ from mm.filemap import trylock_page
 from mm.memremap import FREE_REFCOUNT
 from mm.mmzone import Zone
 from mm.swap import get_page
-from mm.types import MemMap
+from mm.types import MemMap, MemoryType
 from mm.typing import Pfns, word
 from mm.vectors import places
 
@@ -47,6 +47,7 @@ def migrate_device_range(mem: MemMap, zone: Zone, pfns: Pfns) -> MigrateDevice:
     get_page(mem, migrate.pfns)
     src[migrate.entries] = migrate_pfn(migrate.pfns) | _TO_MOVE
     migrate.stayed[migrate.entries] = Stayed.NO
+    migrate.reachable = zone.pgmap.type is not MemoryType.DEVICE_PRIVATE
     migrate_vma_unmap(migrate)
     migrate.moved = np.zeros(migrate.entries.size, dtype=np.bool_)
     return migrate

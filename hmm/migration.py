@@ -25,18 +25,16 @@ _NONE_MOVED: Final = NO_PAGES.astype(np.bool_)
 
 
 class MigrateVmaSelect(IntFlag):
-    """Which pages to collect; holes always are. Linux: enum migrate_vma_direction, v5.9."""
+    """Which pages to collect; holes always are. Linux: enum migrate_vma_direction, v6.0."""
 
     SYSTEM = 1
     DEVICE_PRIVATE = 2
+    DEVICE_COHERENT = 4  # device-public memory, as v4.20 calls it
 
 
 # As plain ints, whose `&` is fifty times as fast.
-SELECT_SYSTEM, SELECT_DEVICE_PRIVATE = (
-    int(MigrateVmaSelect.SYSTEM),
-    int(MigrateVmaSelect.DEVICE_PRIVATE),
-)
-SELECT_ALL: Final = SELECT_SYSTEM | SELECT_DEVICE_PRIVATE
+SELECT_SYSTEM, SELECT_DEVICE_PRIVATE, SELECT_DEVICE_COHERENT = map(int, MigrateVmaSelect)
+SELECT_ALL: Final = SELECT_SYSTEM | SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT
 
 
 class MigrateVmaOps(Protocol):
@@ -66,28 +64,30 @@ class Migration:
     """Pages on their way from src to dst, as the stages hand them on.
 
     src, dst: uint64[n], what the driver sees. `entries` are the places with a page that can still
-    move, `pfns` those pages, so that no stage decodes src again; `system` says whether any of them
-    is in system memory, `moved` for each of `entries` whether dst took its place, and `stayed` for
-    each of the n why it did not.
+    move, `pfns` those pages, so that no stage decodes src again; `reachable` says whether a CPU
+    reaches any of them, and so may have pinned it, `held` are device pages that somebody held when
+    they were unmapped, `moved` says for each of `entries` whether dst took its place, and `stayed`
+    for each of the n why it did not.
     """
 
-    __slots__ = ("dst", "entries", "mem", "moved", "pfns", "src", "stayed", "system")
+    __slots__ = ("dst", "entries", "held", "mem", "moved", "pfns", "reachable", "src", "stayed")
     mem: MemMap
     src: MigratePfns
     dst: MigratePfns
     stayed: NDArray[np.uint8]
     entries: Indices
     pfns: Pfns
+    held: Pfns
     moved: Mask
-    system: bool
+    reachable: bool
 
     def begin(self, npages: int) -> None:
         """Nothing is found yet, and every page of *npages* counts as skipped."""
         self.stayed = np.empty(npages, dtype=np.uint8)
         self.stayed.fill(_SKIPPED)
-        self.entries = self.pfns = NO_PAGES
+        self.entries = self.pfns = self.held = NO_PAGES
         self.moved = _NONE_MOVED
-        self.system = False
+        self.reachable = False
 
     @property
     def place(self) -> dict[str, Any]:
@@ -122,8 +122,9 @@ class MigrateDevice(Migration):
     stayed: NDArray[np.uint8] = field(init=False)
     entries: Indices = field(init=False)
     pfns: Pfns = field(init=False)
+    held: Pfns = field(init=False)
     moved: Mask = field(init=False)
-    system: bool = field(init=False)
+    reachable: bool = field(init=False)
 
     @property
     def place(self) -> dict[str, Any]:
@@ -158,8 +159,9 @@ class MigrateVma(Migration):
     pfns: Pfns = field(init=False)
     late: Indices = field(init=False)
     holes: Indices = field(init=False)
+    held: Pfns = field(init=False)
     moved: Mask = field(init=False)
-    system: bool = field(init=False)
+    reachable: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.mem = self.vma.vm_mm.mem

@@ -8,21 +8,25 @@ docs/where-is.md says in which file each kernel function has its counterpart.
 """
 
 from mm.errors import (
+    AccessDenied,
     BusError,
     Busy,
     Deadlock,
     DriverBug,
+    HwPoison,
     InputOutputError,
     InvalidArgument,
     InvalidRange,
     KernelBug,
     Misplaced,
     NoSuchNode,
+    NotMapped,
     OutOfMemory,
     OutOfRange,
     Overflow,
     PermissionDenied,
     SegmentationFault,
+    TryAgain,
     WouldBlock,
 )
 from mm.machine import Machine
@@ -31,10 +35,12 @@ from mm.typing import PAGE_SIZE
 
 __all__ = [
     "PAGE_SIZE",
+    "AccessDenied",
     "BusError",
     "Busy",
     "Deadlock",
     "DriverBug",
+    "HwPoison",
     "InputOutputError",
     "InvalidArgument",
     "InvalidRange",
@@ -42,11 +48,13 @@ __all__ = [
     "Machine",
     "Misplaced",
     "NoSuchNode",
+    "NotMapped",
     "OutOfMemory",
     "OutOfRange",
     "Overflow",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "TryAgain",
     "WouldBlock",
 ]

@@ -34,6 +34,7 @@ from mm.page_flags import (
 from mm.pagewalk import walk_page_range
 from mm.pgtable import (
     PTRS_PER_PTE,
+    pte_devmap,
     pte_dirty,
     pte_pfn,
     pte_present,
@@ -308,8 +309,8 @@ def check_swap(mem: MemMap, census: Census) -> Complaints:
     named = np.where(inside, mem.private[pages], 0)
     stray = inside & ((named <= 0) | (named >= si.max))
     yield from _complain("private", pages, stray, "no such slot")
-    lost = ~inside & (mem.private[pages] != 0) & ~mem.is_zone_device_page(pages)
-    yield from _complain("private", pages, lost, "no slot is its")
+    odd = ~inside & (mem.private[pages] != 0) & ~mem.is_zone_device_page(pages)
+    yield from _complain("private", pages, odd, "only a driver or the swap cache has a use for it")
     pages, named = pages[inside & ~stray], named[inside & ~stray]
     yield from _complain("private", pages, si.cache[named] != pages, "the swap cache differs")
     if not mem.vmstat["nr_swapcached"] == inside.sum() == cached.sum():
@@ -369,13 +370,17 @@ def _check_owner(
     """The page behind each entry is of the right kind, and its rmap leads back here."""
     pfns = np.concatenate((pte_pfn(ptes[normal]), swp_offset(ptes[away])))
     places = np.concatenate((addrs[normal], addrs[away]))
-    private = is_device_private_entry(ptes)
+    private, devmap = is_device_private_entry(ptes), pte_devmap(ptes) & normal
     device = np.concatenate((private[normal], private[away]))
+    marked, mapped = (np.concatenate((bits[normal], bits[away])) for bits in (devmap, normal))
     outside = (pfns < 0) | (pfns >= mem.limit_pfn)
     yield from _complain("page table", pfns, outside, "no such frame")
     pfns, places, device = pfns[~outside], places[~outside], device[~outside]
+    marked, mapped = marked[~outside], mapped[~outside]
     wrong = mem.is_device_private_page(pfns) != device
     yield from _complain("page table", pfns, wrong, "entry and kind of memory do not agree")
+    wrong = marked != (mapped & mem.is_device_public_page(pfns))
+    yield from _complain("page table", pfns, wrong, "devmap is for device-public memory")
     index = ((places - vma.vm_start) >> PAGE_SHIFT) + vma.vm_pgoff
     yield from _complain("index", pfns, mem.index[pfns] != index, f"not its offset in {vma!r}")
     owners = [(a.number << 2) | 1 for a in vma.anon_vma_chain]

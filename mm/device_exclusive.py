@@ -24,6 +24,7 @@ from mm.page_flags import PG_dirty
 from mm.page_vma_mapped import page_vma_mapped_walk
 from mm.pgtable import (
     _PAGE_ACCESSED,
+    _PAGE_DEVMAP,
     _PAGE_SOFT_DIRTY,
     mk_pte,
     pte_dirty,
@@ -128,5 +129,6 @@ def restore_exclusive_pte(vma: Vma, at: Indices, ptes: Ptes) -> None:
     mem, pfns = vma.vm_mm.mem, swp_offset(ptes)
     entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
     entries |= is_write_device_exclusive_entry(ptes) * maybe_mkwrite(vma)
+    entries |= mem.is_device_public_page(pfns) * _PAGE_DEVMAP
     mem.tables.entries[at] = entries | pte_swp_soft_dirty(ptes) * _PAGE_SOFT_DIRTY
     page_add_anon_rmap(vma, pfns)

@@ -18,11 +18,12 @@ from typing import Final
 import numpy as np
 
 from mm.device_exclusive import make_device_exclusive
-from mm.errors import BusError, HwPoison, InvalidArgument, KernelBug, MmError, NotMapped
+from mm.errors import BusError, Busy, HwPoison, InvalidArgument, KernelBug, MmError, NotMapped
 from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
 from mm.memory import Faults, handle_mm_fault
+from mm.migrate_device import migrate_device_coherent_page
 from mm.mmap import find_vma
 from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_referenced
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_soft_dirty, pte_write
@@ -289,7 +290,8 @@ def get_user_pages(mm: MmStruct, addr: int, nbytes: int, gup_flags: int) -> Pin:
 def pin_user_pages(mm: MmStruct, addr: int, nbytes: int, gup_flags: int) -> Pin:
     """Pin each page of [*addr*, *addr* + *nbytes*), as a device does that reads it by DMA.
 
-    A page in private device memory comes back first. Raises as get_user_pages().
+    A page in private device memory comes back first; with FOLL_LONGTERM, one in any device's.
+    Raises as get_user_pages(), and Busy where a page cannot come back.
     Linux: pin_user_pages(), mm/gup.c, v5.6.
     """
     return _hold(mm, page_range(addr, nbytes), gup_flags | FOLL_PIN)
@@ -301,12 +303,36 @@ def _hold(mm: MmStruct, addrs: Addresses, gup_flags: int) -> Pin:
     try:
         with mm.mmap_sem.read():
             failure = get_pages(mm, addrs, pin)
+            while gup_flags & FOLL_LONGTERM and migrate_longterm_unpinnable_pages(pin):
+                failure = get_pages(mm, addrs, pin)
         if failure is not None:
             raise failure
     except BaseException:
         pin.release(dirty=False)
         raise
     return pin
+
+
+def migrate_longterm_unpinnable_pages(pin: Pin) -> bool:
+    """Where *pin* holds device-public pages, let go of all and move those to system memory.
+
+    True where there were any: the caller looks again. Raises Busy where one of them cannot move.
+    Linux: migrate_longterm_unpinnable_pages(), mm/gup.c, v6.1.
+    """
+    mem = pin.mem
+    public = pin.pfns[pin.pfns >= 0]
+    public = public[mem.is_device_public_page(public)]
+    if not public.size:
+        return False
+    get_page(mem, public)
+    pin.drop(0)
+    moved = migrate_device_coherent_page(mem, public)
+    if not every(moved):
+        raise Busy(
+            f"device page {public[~moved][0]:#x} cannot be pinned for long: somebody holds it, or "
+            f"no frame is free, so it stays in the device's memory"
+        )
+    return True
 
 
 def access_remote_vm(mm: MmStruct, addr: int, buf: Payload, *, write: bool) -> int:

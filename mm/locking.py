@@ -25,6 +25,8 @@ from typing import Any, Final, Protocol
 from mm.errors import Deadlock
 
 NOBODY: Final = 0
+TICKS: Final = 100  # looks that a wait of a tenth of a second takes at what it waits for
+_TURNS: Final = 10  # the same in turns of a scheduler
 
 
 class Scheduler(Protocol):
@@ -60,6 +62,24 @@ def cond_resched() -> None:
         time.sleep(0)
 
 
+def wait_event_timeout(ready: Callable[[], bool]) -> bool:
+    """Let others run until *ready*(), for a tenth of a second at most; what it says at last.
+
+    Does not wait where no other thread has ever come here, or all have ended.
+    Linux: wait_event_timeout(), include/linux/wait.h.
+    """
+    for _ in range(TICKS if _scheduler is None else _TURNS):
+        if ready():
+            return True
+        if _scheduler is not None:
+            _scheduler.preempt("wait_event_timeout")
+        elif len(_living) == 1:
+            return False
+        else:
+            time.sleep(0.1 / TICKS)
+    return ready()
+
+
 class _Threads(threading.local):
     """Gives each thread a small number, which fits the column `lock_owner`."""
 
@@ -69,10 +89,17 @@ class _Threads(threading.local):
             self.number = _numbers.pop()
         except IndexError:
             self.number = next(_fresh_numbers)
-        weakref.finalize(threading.current_thread(), _numbers.append, self.number).atexit = False
+        _living.add(self.number)
+        weakref.finalize(threading.current_thread(), _bury, self.number).atexit = False
+
+
+def _bury(number: int) -> None:
+    _living.discard(number)
+    _numbers.append(number)
 
 
 _numbers: list[int] = []  # of threads that are gone
+_living: set[int] = set()  # of those that have come here and are not
 _fresh_numbers = itertools.count(1)
 this_thread: Final = _Threads()
 

@@ -51,7 +51,7 @@ from mm.swap import lru_add_drain_all
 from mm.swapops import is_migration_entry
 from mm.types import MemMap, MmStruct, Vma
 from mm.typing import PAGE_SIZE, Mask, Pfns, Ptes
-from mm.vectors import joined, some
+from mm.vectors import joined, some, unique
 from mm.vma import vma_modify_policy
 
 _MOVE = MPOL_MF_MOVE | MPOL_MF_MOVE_ALL
@@ -74,8 +74,10 @@ def do_mbind(
     With MPOL_MF_MOVE or MPOL_MF_MOVE_ALL pages that are elsewhere are moved; with MPOL_MF_STRICT
     those that stay, or without a move the first that is elsewhere, raise Misplaced. Device memory
     is passed over. Raises InvalidArgument, InvalidRange, and SegmentationFault where nothing is
-    mapped. Linux: do_mbind(), mm/mempolicy.c, v6.7, before which pages that could not be isolated
-    were no error.
+    mapped.
+
+    Unlike Linux v4.20, pages that cannot be taken off their lists are among those that stay (as
+    in 6.7). Linux: do_mbind(), mm/mempolicy.c.
     """
     mem = mm.mem
     if start % PAGE_SIZE:
@@ -188,7 +190,7 @@ def _misplaced(mem: MemMap, ptes: Ptes, wrong: Mask) -> Pfns:
 
 def _isolate(mem: MemMap, pfns: Pfns) -> Pfns:
     """Those of *pfns*, which may repeat, that could be taken off their lists, in their order."""
-    once = pfns[np.sort(np.unique(pfns, return_index=True)[1])]
+    once = unique(pfns)
     return once[migrate_page_add(mem, once)]
 
 

@@ -16,9 +16,9 @@ good as one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -79,15 +79,15 @@ def mpol_new(mem: MemMap, mode: str, nodes: Sequence[int] = ()) -> Mempolicy | N
     return Mempolicy(kind, present[:1] if kind is Mpol.PREFERRED else present)
 
 
-def check_nodes(nodes: Sequence[int]) -> list[int]:
+def check_nodes(nodes: Any) -> list[int]:
     """*nodes*, each once and ascending. Raises InvalidArgument for what no node can be numbered.
 
     Linux: get_nodes(), mm/mempolicy.c.
     """
-    wrong = [nid for nid in nodes if not 0 <= nid < MAX_NUMNODES]
-    if wrong:
-        raise InvalidArgument(f"nodes have numbers in 0..{MAX_NUMNODES - 1}, got {wrong}")
-    return sorted(set(nodes))
+    known = range(MAX_NUMNODES)
+    if not isinstance(nodes, Iterable) or any(nid not in known for nid in nodes):
+        raise InvalidArgument(f"nodes are a list of numbers in 0..{known.stop - 1}, got {nodes!r}")
+    return sorted({int(nid) for nid in nodes})
 
 
 def mpol_equal(a: Mempolicy | None, b: Mempolicy | None) -> bool:

@@ -29,7 +29,7 @@ from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_special
 from mm.swap import lru_add_drain_all
 from mm.types import MemMap, MmStruct, Vma
 from mm.typing import Addresses, Indices, Mask, Pfns
-from mm.vectors import distinct, every, pieces, places, some
+from mm.vectors import distinct, every, pieces, places, some, unique
 
 
 def kernel_move_pages(
@@ -157,16 +157,17 @@ def _together(mem: MemMap, pfns: Pfns, nodes: Indices, queued: Mask) -> tuple[in
     """
     waiting, known = pfns[queued], pfns[pfns != 0]
     held = (mem.refcount[waiting] != mem.mapcount[waiting]) | page_locked(mem, waiting)
-    if not waiting.size or not (some(held) or np.unique(known).size < known.size):
+    if not waiting.size or not (some(held) or unique(known).size < known.size):
         return pfns.size, False
 
     first = int(queued.argmax())
     joins = queued[first:] & (nodes[first:] == nodes[first])
     end = pfns.size if every(joins) else first + int(joins.argmin())
-    seen = np.sort(np.unique(pfns[first:end], return_index=True)[1])
-    again = places(seen != np.arange(seen.size))
-    if seen.size < end - first:
-        return first + (again.item(0) if again.size else seen.size) + 1, True
+    run = pfns[first:end]
+    fresh = unique(run)
+    if fresh.size < run.size:
+        same = run[: fresh.size] == fresh
+        return first + (fresh.size if every(same) else int(same.argmin())) + 1, True
     return end + (end < pfns.size and nodes.item(end) == nodes.item(first)), False
 
 

@@ -31,13 +31,13 @@ from mm.free_area import (
     sorted_pfns,
 )
 from mm.gfp import Gfp
-from mm.locking import current
+from mm.locking import current, wait_event_timeout
 from mm.mmzone import DMA32_END, DMA_END, MAX_ORDER, PageStack, Zone
 from mm.page_flags import NO_FLAGS, PAGE_FLAGS_CHECK_AT_FREE, describe_flags
 from mm.trace import TracePoint
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, Word, pages, word
-from mm.vectors import nr_pieces, pieces
+from mm.vectors import joined, nr_pieces, pieces
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
@@ -104,14 +104,16 @@ def alloc_pages_nodemask(
         raise InvalidArgument(f"there is no node {nid}, only 0..{len(mem.nodes) - 1}")
     zones = zones_allowed(mem, gfp, nid, nodes)
     with mem.locks.atomic:
-        taken = get_page_from_freelist(mem, gfp, order, count, zones, cpu, WMARK_LOW)
-    if taken.size < count and zones:
-        for _ in make_room(mem, gfp, zones, count - taken.size):
+        parts = [get_page_from_freelist(mem, gfp, order, count, zones, cpu, WMARK_LOW)]
+    missing = count - parts[0].size
+    if missing and zones:
+        for _ in make_room(mem, gfp, zones, missing, parts):
             with mem.locks.atomic:
-                more = get_page_from_freelist(mem, gfp, order, count - taken.size, zones, cpu)
-            taken = sorted_pfns(np.concatenate((taken, more)))
-            if taken.size == count:
+                parts.append(get_page_from_freelist(mem, gfp, order, missing, zones, cpu))
+            missing -= parts[-1].size
+            if not missing:
                 break
+    taken = parts[0] if len(parts) == 1 else sorted_pfns(np.concatenate(parts))
     if taken.size:
         prep_new_page(mem, taken, order, gfp)
     if mm_page_alloc:
@@ -119,10 +121,13 @@ def alloc_pages_nodemask(
     return taken
 
 
-def make_room(mem: MemMap, gfp: int, zones: list[Zone], wanted: int) -> Iterator[None]:
+def make_room(
+    mem: MemMap, gfp: int, zones: list[Zone], wanted: int, parts: list[Pfns]
+) -> Iterator[None]:
     """What helps an allocation that falls short, one step for each turn.
 
-    Linux: wake_all_kswapds() and __alloc_pages_direct_reclaim().
+    Who has got anything so far, in *parts*, and finds nothing to reclaim does not wait for others,
+    which may wait for just that. Linux: wake_all_kswapds(), __alloc_pages_direct_reclaim().
     """
     nids = list(dict.fromkeys(zone.nid for zone in zones))
     reclaim, may_wait = mem.nodes[nids[0]].reclaim, gfp & _DIRECT_RECLAIM
@@ -134,11 +139,24 @@ def make_room(mem: MemMap, gfp: int, zones: list[Zone], wanted: int) -> Iterator
     drain_all_pages(mem)
     yield
     if reclaim is not None and may_wait:
-        for _ in range(MAX_RECLAIM_RETRIES):
-            if not reclaim(nids, wanted):
+        retries, served = 0, mem.vmstat["pgfault"]
+        while retries < MAX_RECLAIM_RETRIES:
+            if not reclaim(nids, wanted) and (joined(parts).size or not _others_go_on(mem)):
                 return
             drain_all_pages(mem)
             yield
+            # What was freed is of no use to us, or others were faster: let those finish.
+            retries = retries + 1 if served == mem.vmstat["pgfault"] else 0
+            served = mem.vmstat["pgfault"]
+
+
+def _others_go_on(mem: MemMap) -> bool:
+    """Let other threads run, which may have all pages in hand; True if one gets anything done.
+
+    Linux: should_reclaim_retry(), and too_many_isolated() of mm/vmscan.c.
+    """
+    before = mem.vmstat["pgfault"], mem.vmstat["pgfree"]
+    return wait_event_timeout(lambda: before != (mem.vmstat["pgfault"], mem.vmstat["pgfree"]))
 
 
 def get_page_from_freelist(

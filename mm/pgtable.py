@@ -88,6 +88,11 @@ def pte_special(ptes: Ptes) -> Mask:
     return has(ptes, _PAGE_SPECIAL)
 
 
+def pte_devmap(ptes: Ptes) -> Mask:
+    """True where a present entry maps device memory. Linux: pte_devmap(), asm/pgtable.h."""
+    return has(ptes, _PAGE_DEVMAP)
+
+
 def pte_soft_dirty(ptes: Ptes) -> Mask:
     """True where a store came since clear_refs. Linux: pte_soft_dirty(), asm/pgtable.h."""
     return has(ptes, _PAGE_SOFT_DIRTY)

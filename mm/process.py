@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mm.array import ProcessArray
 from mm.errors import InputOutputError, InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
@@ -323,8 +323,14 @@ class Process(Task):
         Linux: move_pages(2).
         """
         mm, word = self._alive(), _flag_word("move_pages", flags, _MOVE)
-        where = np.asarray(addrs, dtype=np.int64).reshape(-1)
-        to = None if nodes is None else np.broadcast_to(np.asarray(nodes), where.shape)
+        where = _integers("move_pages: addrs", addrs)
+        to = None if nodes is None else _integers("move_pages: nodes", nodes)
+        if to is not None and to.size != where.size:
+            if to.size != 1:
+                raise InvalidArgument(
+                    f"move_pages: {to.size} nodes for {where.size} addrs; give each one, or all one"
+                )
+            to = to.repeat(where.size)
         with running(self):
             error, status = kernel_move_pages(mm, where, to, word)
         if error == -errno.ENODEV:
@@ -367,6 +373,14 @@ class Process(Task):
             raise InvalidRange(
                 f"{call}: [{addr:#x}, {addr + nbytes:#x}) is not inside [0, {TASK_SIZE_MAX:#x})"
             )
+
+
+def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """*values*, a number or many, as a vector."""
+    vector = np.asarray(values).reshape(-1)
+    if vector.size and vector.dtype.kind not in "iu":
+        raise InvalidArgument(f"{name} are whole numbers, got {vector[:4]}")
+    return vector.astype(np.int64)
 
 
 def _flag_word(call: str, flags: str, names: Mapping[str, int]) -> int:

@@ -289,8 +289,9 @@ def _unmap_from(
     which pages lost a mapping by it; the references of those go.
     """
     mm = vma.vm_mm
-    order = np.argsort(addrs)
-    pfns, addrs = pfns[order], addrs[order]
+    if not every(addrs[1:] > addrs[:-1]):
+        order = np.argsort(addrs)
+        pfns, addrs = pfns[order], addrs[order]
     for run in stretches(addrs, PAGE_SIZE):
         start, end = addrs[run].item(0), addrs[run].item(-1) + PAGE_SIZE
         with (

@@ -262,8 +262,7 @@ def isolate_lru_pages(mem: MemMap, lru: LruList, count: int) -> Pfns:
             lru.first = stop
             count -= parts[-1].size
         oldest = joined(parts)
-        _isolate(mem, oldest)
-    return oldest
+        return oldest[_isolate(mem, oldest)]
 
 
 def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
@@ -276,9 +275,12 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
 
 
 def _isolate(mem: MemMap, pfns: Pfns) -> Mask:
+    """Linux: __isolate_lru_page(), mm/vmscan.c."""
     with mem.locks.atomic:
         flags = mem.flags[pfns]
-        isolated = has(flags, PG_lru)
+        isolated = has(flags, PG_lru) & (
+            mem.refcount[pfns] > 0
+        )  # at 0 somebody is about to free it
         taken = pfns if every(isolated) else pfns[isolated]
         mem.flags[rows(taken)] &= _NOT_LRU
         if some(has(flags, PG_unevictable)):
@@ -312,7 +314,7 @@ def deactivate_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     with mem.locks.atomic:
         flags = mem.flags[pfns]
         active = pfns[has(flags, PG_active) & has(flags, PG_lru) & ~has(flags, PG_unevictable)]
-        _isolate(mem, active)
+        active = active[_isolate(mem, active)]
         mem.flags[active] &= _INACTIVE
         move_pages_to_lru(mem, active, cpu)
     mem.vmstat.add("pgdeactivate", active.size)
@@ -348,7 +350,7 @@ def _lru_lazyfree(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     Linux: lru_lazyfree_fn(), mm/swap.c.
     """
     freeable = unique(pfns[_can_be_freed(mem, pfns)])
-    _isolate(mem, freeable)
+    _isolate(mem, freeable)  # the pagevec holds them
     mem.flags[freeable] &= _LAZYFREE
     move_pages_to_lru(mem, freeable, cpu)
     mem.vmstat.add("pglazyfree", freeable.size)

@@ -32,7 +32,9 @@ def workingset_eviction(mem: MemMap, pfns: Pfns) -> Slots:
 
     Linux: workingset_eviction(), mm/workingset.c.
     """
-    nids = mem.page_to_nid(pfns).astype(np.int64)
+    nids = np.zeros_like(pfns)
+    if len(mem.nodes) > 1:
+        nids += mem.page_to_nid(pfns)
     ages = np.empty(pfns.size, dtype=np.int64)
     with mem.locks.atomic:
         for nid in distinct(nids):

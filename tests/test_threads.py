@@ -123,6 +123,27 @@ class TestDevice:
 
         at_once(migrate, lambda: use(0), lambda: use(1))
 
+    def test_memory_that_changes_nodes_while_it_is_used(self):
+        """The same where pages go between nodes, while others go to a device and back."""
+        world = mapped_range(pages=40, filled=False, nodes=("8MiB", "8MiB"), memory="256KiB")
+
+        def move():
+            for node in range(60):
+                world.process.move_pages(world.addrs, node % 2)
+
+        def migrate():
+            for _ in range(20):
+                world.gpu.to_device(world.process, world.addr, world.nbytes)
+                world.gpu.to_system(world.process, world.addr, world.nbytes)
+
+        def use(thread):
+            for i in range(100):
+                addr, word = world.at(i % 40) + 8 * thread, (7 * i + thread).to_bytes(8, "little")
+                world.process.write(addr, word)
+                assert word == world.process.read(addr, 8)
+
+        at_once(move, migrate, lambda: use(0), lambda: use(1))
+
     def test_others_may_allocate_during_a_migration(self):
         """What another process takes meanwhile is no page that the driver has mislaid."""
         world = mapped_range(pages=2)

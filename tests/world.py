@@ -101,7 +101,7 @@ class World:
 
     def on_device(self) -> list[bool]:
         """Which pages are in device memory."""
-        return is_device_private_entry(self.ptes()).tolist()
+        return self.machine.mem.is_zone_device_page(self.pfns()).tolist()
 
     def fill(self) -> None:
         """Write each page's own number all over it."""
@@ -279,11 +279,13 @@ def mapped_range(  # noqa: PLR0913 - each a default that some test varies
     chunk: str | None = None,
     neighbours: int | str = PAGE_SIZE,
     driver: Callable[..., Driver] = NumpyDevice,
+    kind: str | None = None,
 ) -> World:
     """A process with *pages* anonymous pages, each filled with its number, and a device."""
     machine = Machine(nodes, swap, payload, cpus, debug=True, max_physmem="256MiB")
     free = machine.nr_free_pages
-    gpu = driver(machine, memory, chunk=chunk, neighbours=neighbours)
+    options = {} if kind is None else {"kind": kind}
+    gpu = driver(machine, memory, chunk=chunk, neighbours=neighbours, **options)
     process = machine.spawn("train")
     start = process.mmap(pages * PAGE_SIZE, prot, addr=addr)
     world = World(machine, process, gpu, start, pages, free)

@@ -64,11 +64,12 @@ class TestAnySequence:
                 st.one_of(st.integers(0, 16), st.integers(1, 40 * PAGE_SIZE)),
             ),
             max_size=12,
-        )
+        ),
+        kind=st.sampled_from(["private", "public"]),
     )
-    def test_one_memory(self, steps):
+    def test_one_memory(self, steps, kind):
         """Whoever stores, and wherever a page is, both sides load what was stored last."""
-        world = small()
+        world = small(kind=kind)
         process, gpu, model = world.process, world.gpu, bytearray(world.nbytes)
         loads = {"load": partial(gpu.read, process), "CPU load": process.read}
         stores = {"store": partial(gpu.write, process), "CPU store": process.write}

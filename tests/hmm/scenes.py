@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from devices import NumpyDevice
 from hmm import HMM_PFN_REQ_FAULT, HMM_PFN_REQ_WRITE
 from mm import PAGE_SIZE
-from mm.mmap import split_vma
 from mm.swapops import make_hwpoison_entry
-from mm.types import VM_EXEC, VM_READ, VM_WRITE, vm_get_page_prot
+from mm.types import VM_READ, VM_WRITE
 from mm.typing import pages
+from mm.vma import split_vma
 from tests.reference import range as twin
 from tests.reference.state import decode, page_table_word
 from tests.world import mapped_range
@@ -92,18 +92,16 @@ class Scene:
 
     def _carve(self) -> None:
         """Cut the VMA, and take rights from the pieces, or the pieces."""
-        first, mm = 0, self.world.process.mm
+        first, process = 0, self.world.process
         for count, prot in self.case.vmas:
-            vma = self.world.process.find_vma(self.world.at(first))
-            if count < len(self.case.homes) - first:
-                split_vma(mm, vma, self.world.at(first + count))
-            if prot == "":
-                self.world.process.munmap(self.world.at(first), count * PAGE_SIZE)
-            elif prot != "rw":
-                vma.vm_flags &= ~(VM_WRITE if prot == "r" else VM_READ | VM_WRITE | VM_EXEC)
-                vma.vm_page_prot = vm_get_page_prot(vma.vm_flags)
-                self.world.write_protect(*range(first, first + count))
+            addr, nbytes = self.world.at(first), count * PAGE_SIZE
             first += count
+            if first < len(self.case.homes):
+                split_vma(process.find_vma(addr), self.world.at(first))
+            if prot == "":
+                process.munmap(addr, nbytes)
+            elif prot != "rw":
+                process.mprotect(addr, nbytes, prot)
 
     def memory(self) -> twin.Memory:
         """The same for the twin, read entry by entry."""

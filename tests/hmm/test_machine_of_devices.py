@@ -1,7 +1,8 @@
-"""Whole processes and two small devices, driven at random: no byte is lost, all stays well.
+"""Whole processes and three small devices, driven at random: no byte is lost, all stays well.
 
-The devices are so small that they evict all the time. What every page holds is kept in a dict,
-and after each step the machine verifies and the devices reach nothing but what the CPUs do.
+The devices are so small that they evict all the time; the memory of the last is public. What every
+page holds is kept in a dict, and after each step the machine verifies and the devices reach nothing
+but what the CPUs do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -22,7 +24,12 @@ from hypothesis.stateful import (
 )
 
 from devices import NumpyDevice
-from mm import PAGE_SIZE, SegmentationFault
+from mm import PAGE_SIZE, Busy, SegmentationFault
+from mm.filemap import unlock_page
+from mm.gup import FOLL_LONGTERM, make_device_exclusive_range
+from mm.pgtable import pte_offset
+from mm.swap import put_page
+from mm.swapops import is_device_exclusive_entry, swp_offset
 from tests.world import ended_worlds, in_step, mapped_range
 
 PAGES = 20  # of address space that each process uses, across a border of 2 MiB
@@ -30,7 +37,7 @@ BASE = 0x7F00_0020_0000 - 12 * PAGE_SIZE
 CHUNK = "64KiB"
 
 PROCESSES = st.integers(0, 1)
-DEVICES = st.integers(0, 1)
+DEVICES = st.integers(0, 2)
 BYTES = st.integers(1, 255)
 
 
@@ -53,7 +60,8 @@ class Devices(RuleBasedStateMachine):
         other = NumpyDevice(
             self.machine, "32KiB", name="numpy1", chunk=CHUNK, neighbours=4 * PAGE_SIZE
         )
-        self.gpus = [self.world.gpu, other]
+        public = NumpyDevice(self.machine, "32KiB", "public", name="public", chunk=CHUNK)
+        self.gpus = [self.world.gpu, other, public]
         self.processes = [self.machine.spawn(f"process {i}", cpu=i) for i in range(2)]
         self.bytes: list[dict[int, int]] = [{}, {}]
         self.writable: list[dict[int, bool]] = [{}, {}]
@@ -176,18 +184,61 @@ class Devices(RuleBasedStateMachine):
 
     @rule(gpu=DEVICES)
     def make_room(self, gpu: int) -> None:
-        self.gpus[gpu].make_room(self.gpus[gpu].npages)
+        device = self.gpus[gpu]
+        device.make_room(device.npages)
 
-        assert self.gpus[gpu].npages == self.gpus[gpu].chunks.free_pages
+        zone = device.zone
+        kept = {pfn for pfn in self.kept() if zone.start_pfn <= pfn < zone.end_pfn}
+        assert device.npages - len(kept) == device.chunks.free_pages
+
+    def kept(self) -> set[int]:
+        """Pages that cannot leave a device: pinned, or of a device for itself."""
+        kept = {pfn for pin in self.world.pins for pfn in pin.pfns.tolist()}
+        pool = self.machine.mem.tables
+        for process in self.processes:
+            ptes = pool.entries[
+                pte_offset(pool, process.mm.pgd, BASE + np.arange(PAGES) * PAGE_SIZE)
+            ]
+            kept |= set(swp_offset(ptes[is_device_exclusive_entry(ptes)]).tolist())
+        return kept
+
+    @rule(i=PROCESSES, pages=ranges())
+    def exclusive(self, i: int, pages: range) -> None:
+        """A device takes what the process may store to, up to the first page that it may not."""
+        mm, mem = self.processes[i].mm, self.machine.mem
+        wanted = self.reachable(i, pages, write=True)
+        with mm.mmap_sem.read():
+            taken = make_device_exclusive_range(
+                mm, BASE + np.array(pages) * PAGE_SIZE, self.gpus[0]
+            )
+        assert len(wanted) == np.count_nonzero(taken >= 0)
+        unlock_page(mem, taken[taken >= 0])
+        put_page(mem, taken[taken >= 0])
+
+    @rule(i=PROCESSES, pages=ranges(), byte=BYTES)
+    def debugger_store(self, i: int, pages: range, byte: int) -> None:
+        """Through /proc/PID/mem, up to the first page that is not mapped."""
+        stored = next((range(pages.start, p) for p in pages if p not in self.bytes[i]), pages)
+        if stored:
+            data = bytes([byte]) * len(pages) * PAGE_SIZE
+            written = self.processes[i].mem_write(self.at(pages.start), data)
+            assert len(stored) * PAGE_SIZE == written
+            self.bytes[i].update(dict.fromkeys(stored, byte))
 
     # Pins.
 
-    @rule(i=PROCESSES, pages=ranges())
-    def pin(self, i: int, pages: range) -> None:
-        pinned = self.reachable(i, pages, write=True)
-        if pinned:
-            nbytes = len(pinned) * PAGE_SIZE
-            self.world.pins.append(self.processes[i].pin(self.at(pinned.start), nbytes))
+    @rule(i=PROCESSES, pages=ranges(), write=st.booleans(), longterm=st.booleans())
+    def pin(self, i: int, pages: range, write: bool, longterm: bool) -> None:
+        pinned = self.reachable(i, pages, write=write)
+        if not pinned:
+            return
+        addr, nbytes = self.at(pinned.start), len(pinned) * PAGE_SIZE
+        try:
+            pin = self.processes[i].pin(addr, nbytes, write=write, longterm=longterm)
+        except Busy:  # pinned already, or of a device for itself, in public memory
+            assert longterm
+        else:
+            self.world.pins.append(pin)
 
     @precondition(lambda self: self.world.pins)
     @rule(data=st.data())
@@ -204,12 +255,15 @@ class Devices(RuleBasedStateMachine):
 
     @invariant()
     def devices_are_in_step(self) -> None:
-        assert [True, True] == [in_step(gpu) for gpu in self.gpus]
+        assert all(in_step(gpu) for gpu in self.gpus)
 
     @invariant()
-    def pinned_pages_are_in_system_memory(self) -> None:
+    def pinned_pages_are_in_memory_that_the_cpu_reaches(self) -> None:
         mem = self.machine.mem
-        assert not any(mem.is_zone_device_page(pin.pfns).any() for pin in self.world.pins)
+        for pin in self.world.pins:
+            assert not mem.is_device_private_page(pin.pfns).any()
+            if pin.gup_flags & FOLL_LONGTERM:
+                assert not mem.is_zone_device_page(pin.pfns).any()
 
 
 class TestDevices:

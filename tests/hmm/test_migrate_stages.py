@@ -32,7 +32,7 @@ CPU_WROTE = 0xEE  # a store that races with the migration
 class Spot:
     """One page of the range: what it is, what happens to it, what the driver answers for it."""
 
-    home: str = "system"  # hole, zero, system, exclusive, mine (the device's own), theirs
+    home: str = "system"  # hole, zero, system, exclusive, or the memory of a device, below
     cpu: int = 0  # that touched it, in whose pagevec it may wait
     readonly: bool = False  # its entry, in a writable VMA
     clean: bool = False  # its entry has lost dirty and soft-dirty bits
@@ -41,12 +41,14 @@ class Spot:
     isolated: bool = False  # another thread has it off the LRU
     raced: str = ""  # how the CPU touches a hole while the driver works: "read", "write"
     wanted: bool = True
-    answer: str = "mine"  # mine, system, nothing, lost, lost but given
+    answer: str = "mine"  # mine, my public, system, nothing, lost, lost but given
 
 
+ALL = MigrateVmaSelect(7)
+DEVICES = ["mine", "theirs", "my public", "their public"]
 SPOTS = st.builds(
     Spot,
-    home=st.sampled_from(["hole", "zero", *["system"] * 3, "exclusive", "mine", "theirs"]),
+    home=st.sampled_from(["hole", "zero", *["system"] * 4, "exclusive", *DEVICES]),
     cpu=st.integers(0, 1),
     readonly=st.booleans(),
     clean=st.booleans(),
@@ -55,7 +57,9 @@ SPOTS = st.builds(
     isolated=st.sampled_from([False] * 5 + [True]),
     raced=st.sampled_from(["", "", "read", "write"]),
     wanted=st.sampled_from([True] * 5 + [False]),
-    answer=st.sampled_from(["mine"] * 4 + ["system"] * 2 + ["nothing", "lost", "lost but given"]),
+    answer=st.sampled_from(
+        ["mine"] * 4 + ["system"] * 2 + ["my public", "nothing", "lost", "lost but given"]
+    ),
 )
 
 
@@ -69,7 +73,7 @@ class Case:
     below: int = 0  # pages of the range below the border
     margin: int = 1  # pages of the VMA before and after the range
     readonly: bool = False  # the VMA
-    select: MigrateVmaSelect = MigrateVmaSelect.SYSTEM | MigrateVmaSelect.DEVICE_PRIVATE
+    select: MigrateVmaSelect = ALL
     owner: str | None = None
     rest: str = "nothing"  # the driver's answer for pages that are no spot
 
@@ -95,8 +99,8 @@ def cases(draw: st.DrawFn, most: int = 12) -> Case:
         below=draw(st.integers(0, pages)),
         margin=draw(st.integers(0, 2)),
         readonly=draw(st.sampled_from([False, False, True])),
-        select=draw(st.sampled_from([MigrateVmaSelect(bits) for bits in (1, 2, 3, 3)])),
-        owner=draw(st.sampled_from([None, None, "numpy0", "numpy1"])),
+        select=draw(st.sampled_from([MigrateVmaSelect(bits) for bits in (1, 2, 4, 7, 7)])),
+        owner=draw(st.sampled_from([None, None, "mine", "theirs"])),
         rest=draw(st.sampled_from(["nothing", "mine"])),
     )
 
@@ -112,11 +116,17 @@ class Scene:
             case.pages + 2 * case.margin, filled=False, memory="8MiB", addr=self.start - margin
         )
         self.mem = self.world.machine.mem
-        self.mine = self.world.gpu
-        self.theirs = NumpyDevice(self.world.machine, "512KiB", name="numpy1")
+        machine = self.world.machine
+        self.devices = {"mine": self.world.gpu}
+        for home in DEVICES[1:]:
+            kind = "public" if home.endswith("public") else "private"
+            self.devices[home] = NumpyDevice(machine, "512KiB", kind, name=home)
+        for home in ("my public", "their public"):
+            private = self.devices["mine" if home.startswith("my") else "theirs"]
+            self.devices[home].owner = private
         self.bytes = [0] * case.pages
         self._populate()
-        devices = {None: None, "numpy0": self.mine, "numpy1": self.theirs}
+        owners = {None: None, "mine": self.devices["mine"], "theirs": self.devices["theirs"]}
         src, dst = np.zeros((2, case.pages), dtype=np.uint64)
         self.migrate = MigrateVma(
             self.world.vma,
@@ -125,7 +135,7 @@ class Scene:
             src,
             dst,
             case.select,
-            devices[case.owner],
+            owners[case.owner],
             np.array([case.spot(page).wanted for page in range(case.pages)]),
         )
 
@@ -142,9 +152,8 @@ class Scene:
             elif spot.home != "hole":
                 self.bytes[page] = page % 200 + 1
                 world.process.write(at, bytes([self.bytes[page]]) * PAGE_SIZE)
-            if spot.home in ("mine", "theirs"):
-                device = self.mine if spot.home == "mine" else self.theirs
-                device.to_device(world.process, at, PAGE_SIZE)
+            if spot.home in self.devices:
+                self.devices[spot.home].to_device(world.process, at, PAGE_SIZE)
             elif spot.home == "exclusive":
                 world.make_exclusive(case.margin + page)
             elif spot.home == "system" and spot.isolated:
@@ -189,22 +198,25 @@ class Scene:
         """The driver's turn: answer, page by page, for what can move."""
         for page in range(self.case.pages):
             spot, word = self.case.spot(page), int(self.migrate.src[page])
-            if spot.answer in ("mine", "system", "lost but given"):
-                self._give(page, system=spot.answer == "system")
+            if spot.answer not in ("nothing", "lost"):
+                self._give(page, spot.answer)
             if spot.answer.startswith("lost"):
                 self.migrate.dst[page] |= MIGRATE_PFN_ERROR
             if spot.raced and not word & twins.VALID and word & twins.MIGRATE:
                 self._race(page, spot.raced)
 
-    def _give(self, page: int, *, system: bool) -> None:
+    def _give(self, page: int, memory: str) -> None:
         word = int(self.migrate.src[page])
-        pfn = frame(self.world) if system else device_page(self.mine)
+        if memory == "system":
+            pfn = frame(self.world)
+        else:
+            pfn = device_page(self.devices["my public" if memory == "my public" else "mine"])
         self.row(pfn)[:] = self.row(word >> 6) if word & twins.VALID else 0
         hand_over(self.world, self.migrate.dst, page, pfn)
 
     def row(self, pfn: int) -> np.ndarray:
         """The bytes of a page, wherever it is."""
-        for device in (self.mine, self.theirs):
+        for device in self.devices.values():
             if device.zone.start_pfn <= pfn < device.zone.end_pfn:
                 return device.memory[pfn - device.zone.start_pfn]
         return self.mem.payload[pfn]

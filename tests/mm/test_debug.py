@@ -18,10 +18,11 @@ from mm.page_flags import (
     PG_dirty,
     PG_locked,
     PG_lru,
+    PG_mlocked,
     PG_reserved,
     PG_swapcache,
 )
-from mm.pgtable import _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
+from mm.pgtable import _PAGE_DEVMAP, _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
 from mm.rmap import anon_vma_prepare
 from mm.swap import lru_add_drain_all
 from mm.swapops import (
@@ -110,6 +111,8 @@ class TestColumns:
     @pytest.mark.parametrize("column", [c.name for c in COLUMNS if c.name != "lru_stamp"])
     def test_every_column_of_every_kind_of_page(self, world, column, kind):
         """A wrong value is found, wherever it is, and named by its column."""
+        if (column, kind) == ("private", "device"):
+            return  # that is its driver's
         rows, pfn = getattr(world.machine.mem, column), page_of(world, kind)
         wrong = rows[pfn] | np.uint64(1 << 40) if column == "flags" else rows[pfn] + 1
 
@@ -185,6 +188,36 @@ class TestFlags:
 
         assert f"{column}: page {pfn:#x}: {rule}" in lines
 
+    @pytest.mark.parametrize(
+        ("locked", "kind", "change", "column", "rule"),
+        [
+            (False, "mapped", PG_mlocked, "flags", "mlocked, but in no VM_LOCKED memory"),
+            (True, "device", PG_mlocked, "flags", "mlocked, but in no VM_LOCKED memory"),
+            (True, "mapped", PG_mlocked, "flags", "mlocked and unevictable do not agree"),
+            (True, "mapped", PG_mlocked, "mlock_count", "more than map it of VM_LOCKED memory"),
+        ],
+    )
+    def test_mlocked_pages(self, world, locked, kind, change, column, rule):
+        """Only what VM_LOCKED memory maps is mlocked, and is where reclaim does not look."""
+        if locked:
+            world.process.mlock(world.addr, world.nbytes, onfault=True)
+        flags, pfn = world.machine.mem.flags, page_of(world, kind)
+
+        with spoiled(flags, pfn, flags[pfn] ^ change):
+            lines = complaints(world.machine)
+
+        assert f"{column}: page {pfn:#x}: {rule}" in lines
+
+    def test_counted_lock(self, world):
+        """No page is locked more often than it is mapped; less often it may be."""
+        world.process.mlock(world.addr, world.nbytes, onfault=True)
+        counts, pfn = world.machine.mem.mlock_count, page_of(world, "mapped")
+
+        with spoiled(counts, pfn, 2):
+            assert {"mlock_count"} == named(world.machine)
+        with spoiled(counts, pfn, 0):
+            world.machine.verify()
+
     def test_page_of_two_that_is_said_to_be_of_one(self, world):
         """A store would go to the page of both."""
         world.fork(0)
@@ -217,6 +250,7 @@ class TestCounters:
             "nr_free_pages",
             "nr_anon_pages",
             "nr_isolated_anon",
+            "nr_mlock",
             "nr_page_table_pages",
             *(f"nr_{x.name}" for x in Lru),
         ],
@@ -230,7 +264,7 @@ class TestCounters:
 
         assert {name} == found
 
-    @pytest.mark.parametrize(("name", "says"), [("anon_rss", 4), ("total_vm", 5)])
+    @pytest.mark.parametrize(("name", "says"), [("anon_rss", 4), ("total_vm", 5), ("locked_vm", 6)])
     def test_of_a_process(self, world, name, says):
         """The same of what a process counts."""
         with spoiled_attribute(world.process.mm, name, says):
@@ -344,6 +378,18 @@ class TestEntries:
         found = entry_complaints(world, 0, make_device_private_entry(world.pfns()[:1], WRITABLE))
 
         assert "entry and kind of memory do not agree" in found
+
+    @pytest.mark.parametrize("kind", ["private", "public"])
+    def test_mark_of_device_memory(self, kind):
+        """Entries of device-public pages are marked, and no others."""
+        world = mapped_range(pages=2, kind=kind)
+        world.gpu.to_device(world.process, world.at(1), PAGE_SIZE)
+        page = int(kind == "public")
+        (entry,) = world.machine.mem.tables.entries[place_of(world, page)]
+
+        found = entry_complaints(world, page, entry ^ _PAGE_DEVMAP)
+
+        assert f"page {world.pfns()[page]:#x}: devmap is for device-public memory" in found
 
     def test_exclusive_entry_that_nobody_counted(self, world):
         """It is a reference to its page, and part of the process, but no mapping."""

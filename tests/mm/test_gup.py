@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from devices import NumpyDevice
 from mm import BusError, InputOutputError, InvalidArgument, OutOfMemory, SegmentationFault
+from mm.gup import mm_populate
 from mm.page_alloc import nr_free_pages
 from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_referenced
 from mm.pgtable import pte_dirty, pte_present, pte_soft_dirty, pte_special, pte_write
 from mm.rmap import page_mapped
-from mm.swap import GUP_PIN_COUNTING_BIAS, page_maybe_dma_pinned
+from mm.swap import GUP_PIN_COUNTING_BIAS, lru_add_drain_all, page_maybe_dma_pinned
 from mm.swapops import SWP_SOFT_DIRTY, is_device_private_entry, is_write_device_private_entry
 from mm.types import VM_IO, VM_MAYREAD, VM_MAYWRITE, VM_PFNMAP, VM_SOFTDIRTY
 from mm.typing import PAGE_SIZE
@@ -361,6 +362,58 @@ class TestFailure:
 
         with pytest.raises(InvalidArgument, match="has exited"):
             world.process.pin(world.addr, PAGE_SIZE)
+
+
+class TestPopulate:
+    def test_without_references(self):
+        """Pages that shall only be there are held by nobody."""
+        world = mapped_range(pages=3, filled=False)
+
+        mm_populate(world.process.mm, world.addr, world.nbytes)
+
+        lru_add_drain_all(world.machine.mem)
+        assert [1, 1, 1] == world.machine.mem.refcount[world.pfns()].tolist()
+        assert [] == world.machine.mem.pins
+
+    def test_what_cannot_be_there_is_passed_over(self):
+        """Holes, and memory that nobody may access."""
+        world = mapped_range(pages=5, filled=False)
+        world.process.munmap(world.at(1), PAGE_SIZE)
+        world.process.mprotect(world.at(3), PAGE_SIZE, "-")
+
+        mm_populate(world.process.mm, world.addr, world.nbytes)
+
+        assert [True, False, True, False, True] == pte_present(world.ptes()).tolist()
+
+    def test_what_cannot_be_there_is_told(self):
+        """The same for who wants to know: it ends there."""
+        world = mapped_range(pages=3, filled=False)
+        world.process.mprotect(world.at(1), PAGE_SIZE, "-")
+
+        with pytest.raises(SegmentationFault, match="is not allowed by"):
+            mm_populate(world.process.mm, world.addr, world.nbytes, ignore_errors=False)
+
+        assert [True, False, False] == pte_present(world.ptes()).tolist()
+
+    @pytest.mark.parametrize("flag", [VM_IO, VM_PFNMAP])
+    def test_memory_of_a_driver(self, flag):
+        """It has no pages to bring, and no fault goes there."""
+        world = mapped_range(pages=2, filled=False)
+        world.vma.vm_flags |= flag
+
+        mm_populate(world.process.mm, world.addr, world.nbytes, ignore_errors=False)
+
+        assert not pte_present(world.ptes()).any()
+
+    def test_changed_for_reclaim(self):
+        """What is there for stores counts as changed: reclaim may not drop it."""
+        world = mapped_range(pages=1)
+        world.clear_refs(0)
+        world.machine.mem.flags[world.pfns()] &= ~PG_dirty
+
+        mm_populate(world.process.mm, world.addr, world.nbytes)
+
+        assert (world.machine.mem.flags[world.pfns()] & PG_dirty).all()
 
 
 class TestMemRead:

@@ -6,7 +6,15 @@ import threading
 import pytest
 
 from mm.errors import Deadlock
-from mm.locking import NOBODY, Locks, RwSemaphore, SpinLock, current, preempt
+from mm.locking import (
+    NOBODY,
+    Locks,
+    RwSemaphore,
+    SpinLock,
+    current,
+    preempt,
+    wait_event_timeout,
+)
 from tests.interleave import Stuck, explore
 
 SOON = 30.0  # seconds after which a thread that should have come is lost
@@ -234,3 +242,42 @@ class TestLocks:
     def test_nothing_to_wait_for(self):
         """What holds already is not waited for."""
         Locks().wait_until(lambda: True, "nothing")
+
+
+class TestWaitEventTimeout:
+    def test_nobody_does_it(self):
+        """In the end the answer is no."""
+        assert not wait_event_timeout(lambda: False)
+        assert wait_event_timeout(lambda: True)
+
+    def test_what_another_thread_does(self):
+        """Once it is done the answer is yes."""
+        done, begun, stop = [], threading.Event(), threading.Event()
+
+        def other():
+            current()  # it has come here
+            begun.set()
+            stop.wait(SOON)
+            done.append(True)
+
+        thread = in_thread(other)
+        assert begun.wait(SOON)
+        assert not wait_event_timeout(lambda: bool(done))
+        stop.set()
+        thread.join(SOON)
+        assert wait_event_timeout(lambda: bool(done))
+
+    def test_threads_that_take_turns(self):
+        """Another one may go first at every look."""
+        said = []
+
+        def scenario(together):
+            done = []
+            first, _ = together(
+                lambda: wait_event_timeout(lambda: bool(done)), lambda: done.append(True)
+            )
+            said.append(first)
+
+        explore(scenario)
+
+        assert True in said

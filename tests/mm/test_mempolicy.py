@@ -80,7 +80,10 @@ class TestMpolNew:
             ("bind", [], r"bind needs a node of 0\.\.2, got \[\]"),
             ("interleave", [3], r"interleave needs a node of 0\.\.2, got \[3\]"),
             ("preferred", [-1], r"in 0\.\.1023, got \[-1\]"),
-            ("bind", [0, 1024], r"in 0\.\.1023, got \[1024\]"),
+            ("bind", [0, 1024], r"in 0\.\.1023, got \[0, 1024\]"),
+            ("bind", 1, r"nodes are a list of numbers in 0\.\.1023, got 1"),
+            ("bind", "01", r"got '01'"),
+            ("bind", [0.5], r"got \[0.5\]"),
         ],
     )
     def test_what_there_is_not(self, mode, nodes, complaint):

@@ -280,6 +280,21 @@ class TestProcess:
 
         assert [1, 0] == where(world)
 
+    @pytest.mark.parametrize(
+        ("addrs", "nodes", "complaint"),
+        [
+            ([0, 4096], [0, 1, 0], "3 nodes for 2 addrs; give each one, or all one"),
+            ([0, 4096], [], "0 nodes for 2 addrs"),
+            ([0.5], None, r"addrs are whole numbers, got \[0.5\]"),
+            ([1 << 64], None, "addrs are whole numbers"),
+            ([0], ["1"], r"nodes are whole numbers, got \['1'\]"),
+        ],
+    )
+    def test_what_is_no_list(self, addrs, nodes, complaint):
+        """The message says what was given and what can be."""
+        with pytest.raises(InvalidArgument, match=complaint):
+            two_nodes(1).process.move_pages(addrs, nodes)
+
     def test_unknown_flag(self):
         """The error names those that there are."""
         with pytest.raises(InvalidArgument, match=r"'strict' are not among move\|moveall"):

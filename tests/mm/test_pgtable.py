@@ -19,6 +19,7 @@ from mm.pgtable import (
     pte_alloc,
     pte_alloc_each,
     pte_dirty,
+    pte_modify,
     pte_none,
     pte_offset,
     pte_pfn,
@@ -106,6 +107,15 @@ class TestEntries:
         assert [pfn << 12 | prot for pfn in pfns] == ptes.tolist()
         assert pfns == pte_pfn(ptes).tolist()
         assert np.uint64 == ptes.dtype
+
+    @given(words=words, prot=st.integers(0, 2**64 - 1))
+    def test_modify(self, words, prot):
+        """Frame, accessed, dirty, special, soft-dirty and device bit stay; the rest is the new."""
+        kept = sum(1 << n for n in (5, 6, 9, 11, 58, *range(12, 52)))
+
+        ptes = pte_modify(entries(words), np.uint64(prot))
+
+        assert [word & kept | prot for word in words] == ptes.tolist()
 
 
 class TestTablePool:

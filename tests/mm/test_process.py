@@ -5,8 +5,11 @@ import pytest
 from devices import NumpyDevice
 from mm import InvalidArgument, Machine
 from mm.errors import Deadlock
+from mm.types import VM_ACCOUNT, VM_SOFTDIRTY
 from mm.typing import PAGE_SIZE
 from tests.world import mapped_range
+
+FAR = 1 << 40  # where nothing is
 
 
 @pytest.fixture
@@ -51,6 +54,46 @@ class TestMmap:
         """Words between bars."""
         assert process.mmap(PAGE_SIZE, flags="private|anon")
 
+    @pytest.mark.parametrize(("flag", "locked"), [("populate", 0), ("locked", 8)])
+    @pytest.mark.parametrize(("prot", "own"), [("rw", 8), ("r", 0)])
+    def test_faulted_in_at_once(self, process, flag, locked, prot, own):
+        """Writable memory gets its pages, read-only memory the page of zeros; no access faults."""
+        before, rss = process.min_flt, process.mm.anon_rss
+
+        addr = process.mmap(8 * PAGE_SIZE, prot, flags=f"anon|private|{flag}")
+
+        assert process.mincore(addr, 8 * PAGE_SIZE).all()
+        assert 8 == process.min_flt - before
+        process.touch(addr, 8 * PAGE_SIZE, write=False)
+        assert 8 == process.min_flt - before
+        assert (own, locked) == (process.mm.anon_rss - rss, process.mm.locked_vm)
+
+    def test_more_than_there_is(self, process):
+        """Memory that cannot all be faulted in is mapped nevertheless."""
+        addr = process.mmap("32MiB", flags="anon|private|populate")
+
+        assert process.find_vma(addr) is not None
+        assert 0 < process.mm.anon_rss < (32 << 20) // PAGE_SIZE
+
+    def test_that_nobody_can_access(self, process):
+        """There is nothing to fault in, and that is no error."""
+        addr = process.mmap(PAGE_SIZE, "-", flags="anon|private|locked")
+
+        assert not process.mincore(addr, PAGE_SIZE).any()
+
+    @pytest.mark.parametrize(
+        ("prot", "flags", "accounted"),
+        [("rw", "", True), ("w", "", True), ("r", "", False), ("rw", "|noreserve", False)],
+    )
+    def test_accounted(self, process, prot, flags, accounted):
+        """Who may store to private memory may need all of it, unless he says otherwise."""
+        vma = process.find_vma(
+            process.mmap(PAGE_SIZE, prot, flags=f"anon|private{flags}", addr=FAR)
+        )
+
+        assert accounted == bool(vma.vm_flags & VM_ACCOUNT)
+        assert vma.vm_flags & VM_SOFTDIRTY
+
 
 class TestExit:
     def test_later_calls(self, process):
@@ -66,6 +109,12 @@ class TestExit:
             lambda: process.touch(0, 1),
             lambda: process.pin(0, 1),
             lambda: process.array(5),
+            lambda: process.mprotect(0, PAGE_SIZE, "r"),
+            lambda: process.mremap(0, PAGE_SIZE, PAGE_SIZE),
+            lambda: process.madvise(0, PAGE_SIZE, "random"),
+            lambda: process.mlock(0, PAGE_SIZE),
+            lambda: process.munlock(0, PAGE_SIZE),
+            lambda: process.mincore(0, PAGE_SIZE),
         )
         for call in calls:
             with pytest.raises(InvalidArgument, match="process train has exited"):
@@ -126,10 +175,17 @@ class TestCallbacks:
 
         assert isinstance(outcome, Deadlock)
 
-    @pytest.mark.parametrize("call", ["exit", "mmap", "munmap"])
+    @pytest.mark.parametrize(
+        "call", ["exit", "mmap", "munmap", "mprotect", "mremap", "mlock", "munlock"]
+    )
     def test_changing_the_address_space(self, call):
         """mmap_sem is held for read: no callback may map, unmap or exit."""
-        args = {"exit": (), "mmap": (PAGE_SIZE,), "munmap": (0x10000, PAGE_SIZE)}[call]
+        args = {
+            "exit": (),
+            "mmap": (PAGE_SIZE,),
+            "mprotect": (0x10000, PAGE_SIZE, "r"),
+            "mremap": (0x10000, PAGE_SIZE, PAGE_SIZE),
+        }.get(call, (0x10000, PAGE_SIZE))
 
         outcome = self.in_fault(lambda world: getattr(world.process, call)(*args))
 

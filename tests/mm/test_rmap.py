@@ -25,11 +25,13 @@ from mm.pgtable import (
     pte_pfn,
     pte_soft_dirty,
     pte_write,
+    pte_young,
 )
 from mm.rmap import (
     anon_vma_prepare,
     page_add_anon_rmap,
     page_mapped,
+    page_referenced,
     page_remove_rmap,
     poison_migration_ptes,
     remove_migration_ptes,
@@ -45,7 +47,7 @@ from mm.swapops import (
     is_write_migration_entry,
     swp_offset,
 )
-from mm.types import MemoryType
+from mm.types import VM_LOCKED, MemoryType
 from mm.typing import PAGE_SIZE, pages
 from tests.mm.test_memremap import Borrowed
 from tests.world import mapped_range
@@ -97,6 +99,47 @@ def migrating(world):
     yield mem, pfns
     remove_migration_ptes(mem, pfns, pfns)
     end_migration(mem, pfns)
+
+
+class TestPageReferenced:
+    def test_accessed_bits(self):
+        """Asking forgets: what was not used since is not referenced."""
+        world = mapped_range(pages=3)
+        mem, pfns = world.machine.mem, world.pfns()
+
+        assert [True] * 3 == page_referenced(mem, pfns).tolist()
+        world.process.read(world.at(1), 1)
+
+        assert [False, True, False] == page_referenced(mem, pfns).tolist()
+        assert [False] * 3 == pte_young(world.ptes()).tolist()
+
+    def test_any_mapping_counts(self):
+        """One process may have used what another has not."""
+        world = mapped_range(pages=2)
+        child = world.fork(0, 1)
+        page_referenced(world.machine.mem, world.pfns())
+        child.read(world.at(1), 1)
+
+        assert [False, True] == page_referenced(world.machine.mem, world.pfns()).tolist()
+
+    def test_locked_memory(self):
+        """It counts as used, always."""
+        world = mapped_range(pages=1)
+        world.clear_refs(0)
+        world.vma.vm_flags |= VM_LOCKED
+
+        assert [True] == page_referenced(world.machine.mem, world.pfns()).tolist()
+
+        world.vma.vm_flags &= ~VM_LOCKED
+
+    def test_page_of_nobody(self):
+        """Where nothing maps it nobody uses it."""
+        world = mapped_range(pages=1)
+        pfns = alloc_pages_bulk(world.machine.mem, GFP_KERNEL, 0, 1)
+
+        assert [False] == page_referenced(world.machine.mem, pfns).tolist()
+
+        put_page(world.machine.mem, pfns)
 
 
 class TestAnonVmaPrepare:

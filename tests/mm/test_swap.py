@@ -13,12 +13,16 @@ from mm.mmzone import Lru
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_active, PG_lru, PG_mlocked, PG_swapbacked, PG_unevictable
 from mm.swap import (
+    deactivate_page,
     get_page,
     isolate_lru_page,
+    isolate_lru_pages,
     lru_add_drain,
     lru_add_drain_all,
     lru_cache_add,
     lru_pages,
+    mark_page_lazyfree,
+    move_pages_to_lru,
     page_lru,
     put_page,
     putback_lru_page,
@@ -299,6 +303,89 @@ class TestIsolate:
 
         assert [*pfns[30:], *pfns[:30]] == listed(machine)
         assert machine.mem.nodes[0].lruvec[Lru.INACTIVE_ANON].log.size < 1000
+        drop(machine, pfns)
+
+
+class TestIsolateLruPages:
+    def test_oldest_first(self):
+        """They are held, and on no list; the younger ones stay."""
+        machine = boot()
+        pfns = frames(machine, 30)
+        lru_cache_add(machine.mem, pfns)
+        lru = machine.mem.nodes[0].lruvec[Lru.INACTIVE_ANON]
+
+        assert pfns[:7].tolist() == isolate_lru_pages(machine.mem, lru, 7).tolist()
+
+        assert pfns[7:].tolist() == listed(machine)
+        assert [2] * 7 == machine.mem.refcount[pfns[:7]].tolist()
+        putback_lru_page(machine.mem, pfns[:7])
+        lru_add_drain(machine.mem)
+        assert [*pfns[7:].tolist(), *pfns[:7].tolist()] == listed(machine)
+        drop(machine, pfns)
+
+    def test_gaps_are_passed_over(self):
+        """What has left the list in between does not count."""
+        machine = boot()
+        pfns = frames(machine, 30)
+        lru_cache_add(machine.mem, pfns)
+        isolate_lru_page(machine.mem, pfns[1:20])
+        lru = machine.mem.nodes[0].lruvec[Lru.INACTIVE_ANON]
+
+        taken = isolate_lru_pages(machine.mem, lru, 3)
+
+        assert [0, 20, 21] == [pfns.tolist().index(pfn) for pfn in taken]
+        assert 0 == isolate_lru_pages(machine.mem, lru, 100)[8:].size
+        move_pages_to_lru(machine.mem, pfns)
+        drop(machine, pfns)
+
+    def test_page_that_is_about_to_be_freed(self):
+        """Its last reference is gone: whoever dropped it will take it off the list."""
+        machine = boot()
+        pfns = frames(machine, 3)
+        lru_cache_add(machine.mem, pfns)
+        lru_add_drain(machine.mem)
+        machine.mem.refcount[pfns[1]] = 0
+        lru = machine.mem.nodes[0].lruvec[Lru.INACTIVE_ANON]
+
+        assert pfns[[0, 2]].tolist() == isolate_lru_pages(machine.mem, lru, 3).tolist()
+
+        machine.mem.refcount[pfns[1]] = 1
+        move_pages_to_lru(machine.mem, pfns[[0, 2]])
+        drop(machine, pfns)
+
+
+class TestAdvice:
+    def test_cold_pages_become_inactive(self):
+        """The young end of the inactive list is their new place; the others stay theirs."""
+        machine = boot()
+        active, inactive = frames(machine, 5, Lru.ACTIVE_ANON), frames(machine, 5)
+        lru_cache_add(machine.mem, np.concatenate((active, inactive)))
+
+        with machine.vmstat.counting("pgdeactivate") as delta:
+            deactivate_page(machine.mem, np.concatenate((inactive, active[1:3])))
+
+        assert {"pgdeactivate": 2} == delta
+        assert active[[0, 3, 4]].tolist() == listed(machine, Lru.ACTIVE_ANON)
+        assert [*inactive.tolist(), *active[1:3].tolist()] == listed(machine)
+        drop(machine, np.concatenate((active, inactive)))
+
+    def test_pages_of_files_are_not_given_up(self):
+        """MADV_FREE is about anonymous memory, on a list, and evictable."""
+        machine = boot()
+        pfns = frames(machine, 4)
+        lru_cache_add(machine.mem, pfns)
+        lru_add_drain(machine.mem)
+        machine.mem.mapping[pfns[1:]] = 5  # anonymous
+        machine.mem.flags[pfns[2]] |= PG_unevictable
+
+        with machine.vmstat.counting("pglazyfree") as delta:
+            mark_page_lazyfree(machine.mem, pfns)
+            lru_add_drain(machine.mem)
+
+        assert {"pglazyfree": 2} == delta
+        assert pfns[[1, 3]].tolist() == listed(machine, Lru.INACTIVE_FILE)
+        machine.mem.flags[pfns[2]] &= ~PG_unevictable
+        machine.mem.mapping[pfns] = 0
         drop(machine, pfns)
 
 

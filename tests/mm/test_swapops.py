@@ -1,5 +1,7 @@
 """Swap-type entries against bit arithmetic on Python ints."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from mm.swapops import (
     SWP_DEVICE_EXCLUSIVE_WRITE,
     SWP_DEVICE_READ,
     SWP_DEVICE_WRITE,
+    SWP_EXCLUSIVE,
     SWP_HWPOISON,
     SWP_MIGRATION_READ,
     SWP_MIGRATION_WRITE,
@@ -20,6 +23,7 @@ from mm.swapops import (
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_swap_entry,
     is_swap_pte,
     is_write_device_exclusive_entry,
     is_write_device_private_entry,
@@ -27,7 +31,10 @@ from mm.swapops import (
     make_device_private_entry,
     make_hwpoison_entry,
     make_migration_entry,
+    make_readable,
+    make_swap_entry,
     non_swap_entry,
+    pte_swp_exclusive,
     pte_swp_soft_dirty,
     swp_entry,
     swp_offset,
@@ -98,6 +105,7 @@ class TestKinds:
     @pytest.mark.parametrize(
         ("predicate", "kinds"),
         [
+            (is_swap_entry, set(range(MAX_SWAPFILES))),
             (non_swap_entry, {25, 26, 27, 28, 29, 30, 31}),
             (is_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ}),
             (is_write_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE}),
@@ -108,7 +116,7 @@ class TestKinds:
             (is_write_device_private_entry, {SWP_DEVICE_WRITE}),
         ],
     )
-    @given(offset=st.integers(0, OFFSETS - 1))
+    @given(offset=st.integers(0, OFFSETS - 2))
     def test_predicates(self, predicate, kinds, offset):
         """Each predicate knows its types, whatever the offset and the soft-dirty bit."""
         every_kind = np.concatenate([swp_entry(kind, vector([offset])) for kind in KINDS])
@@ -138,6 +146,17 @@ class TestKinds:
 
 
 class TestMake:
+    @given(slots=offset_lists)
+    def test_slot(self, slots):
+        """An entry of the first area; the bit that says whose it is stands beside the slot."""
+        ptes = make_swap_entry(vector(slots))
+        own = ptes | SWP_EXCLUSIVE
+
+        assert (slots, [0] * len(slots)) == (swp_offset(own).tolist(), swp_type(own).tolist())
+        assert pte_swp_exclusive(own).all()
+        assert not pte_swp_exclusive(ptes | SWP_SOFT_DIRTY).any()
+        assert (pte_swp_soft_dirty(own) == pte_swp_soft_dirty(ptes)).all()
+
     @pytest.mark.parametrize(
         ("make", "read", "write"),
         [
@@ -160,3 +179,27 @@ class TestMake:
         ptes = make_hwpoison_entry(vector(offsets))
 
         assert [picture(SWP_HWPOISON, offset) for offset in offsets] == ptes.tolist()
+
+
+class TestMakeReadable:
+    LOST: ClassVar = {
+        SWP_MIGRATION_WRITE: SWP_MIGRATION_READ,
+        SWP_DEVICE_WRITE: SWP_DEVICE_READ,
+        SWP_DEVICE_EXCLUSIVE_WRITE: SWP_DEVICE_EXCLUSIVE_READ,
+    }
+
+    @given(kinds=st.lists(st.sampled_from(KINDS), min_size=1), soft=st.booleans())
+    def test_every_type(self, kinds, soft):
+        """Writable types become their readable kin, others stay; the page is the same.
+
+        Only a device-private entry pays for it with its soft-dirty bit, as in Linux.
+        """
+        ptes = np.array([picture(kind, 5) | soft * 2 for kind in kinds], dtype=np.uint64)
+
+        readable = make_readable(ptes)
+
+        kept = [soft and kind != SWP_DEVICE_WRITE for kind in kinds]
+        expected = [
+            picture(self.LOST.get(k, k), 5) | 2 * s for k, s in zip(kinds, kept, strict=True)
+        ]
+        assert expected == readable.tolist()

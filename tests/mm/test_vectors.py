@@ -21,6 +21,7 @@ from mm.vectors import (
     rows,
     some,
     stretches,
+    unique,
 )
 
 masks = st.lists(st.booleans(), max_size=20)
@@ -62,6 +63,11 @@ class TestNumbers:
     def test_distinct(self, values):
         """The values that occur, ascending, as plain ints."""
         assert sorted(set(values)) == distinct(pages(*values))
+
+    @given(values=numbers)
+    def test_unique(self, values):
+        """Each value once, in the order in which they come first."""
+        assert list(dict.fromkeys(values)) == unique(pages(*values)).tolist()
 
     @given(values=stretched)
     def test_rows(self, values):

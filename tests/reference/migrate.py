@@ -22,6 +22,7 @@ def migrate_vma_collect(before: State) -> State:
     state = deepcopy(before)
     pages = len(state.src)
     state.src, state.dst, state.stayed = [0] * pages, [0] * pages, ["SKIPPED"] * pages
+    state.held = set()
     for i in range(pages):
         entry = state.entry(i)
         if not state.wanted[i]:
@@ -38,7 +39,8 @@ def _selected(state: State, entry: Entry) -> bool:
         return False  # already moving, with a device, or lost
     page = state.pages[entry.pfn]
     if page.on_device:
-        chosen = "DEVICE_PRIVATE" in state.select and state.owner in (None, page.zone)
+        kind = "DEVICE_COHERENT" if page.public else "DEVICE_PRIVATE"
+        chosen = kind in state.select and state.owner in (None, page.zone)
     else:
         chosen = "SYSTEM" in state.select
     return chosen and page.mapping != 0
@@ -49,7 +51,7 @@ def _collect_page(state: State, i: int, entry: Entry) -> int:
     word = entry.pfn << 6 | VALID | MIGRATE
     if entry.write:
         word |= WRITE
-    if page.on_device:
+    if page.private:
         word |= DEVICE
     page.refcount += 1  # ours, so that it cannot go away
     if "locked" not in page.flags:
@@ -97,6 +99,8 @@ def migrate_vma_unmap(before: State) -> State:
                 _unmap(state, addr)
         if _pinned(page):
             _restore(state, i, "PINNED")
+        elif page.public and _strangers(page):
+            state.held.add(pfn)
     return state
 
 
@@ -113,6 +117,8 @@ def migrate_vma_pages(before: State) -> State:
             why = "NOT_CHOSEN"
         elif not word & VALID:
             why = _insert_page(state, i, answer >> 6)
+        elif word >> 6 in state.held:
+            why = "BUSY"
         else:
             why = _migrate_page(state.pages[answer >> 6], state.pages[word >> 6])
         if why != "NO":
@@ -133,14 +139,15 @@ def _insert_page(state: State, i: int, pfn: int) -> str:
     page.mapcount = 1
     page.mapping = state.anon_vma << 2 | 1
     page.index = state.vm_pgoff + (state.address(i) - state.vm_start) // 4096
-    page.flags |= {"swapbacked", "uptodate"}
-    if page.on_device:
+    page.flags |= {"anon_exclusive", "swapbacked", "uptodate"}
+    if page.private:
         entry = Entry("device", pfn, write=state.writable)
     else:
-        page.flags |= {"active", "lru"}
-        entry = Entry("present", pfn, write=state.writable, accessed=True)
+        entry = Entry("present", pfn, write=state.writable, accessed=True, devmap=page.public)
         if state.writable:
             entry.dirty = entry.soft_dirty = True
+    if not page.on_device:
+        page.flags |= {"active", "lru"}
     state.entries[state.address(i)] = entry
     state.anon_rss += 1
     return "NO"
@@ -153,6 +160,7 @@ def _migrate_page(new: Page, old: Page) -> str:
     new.mapping, new.index = old.mapping, old.index
     new.flags |= old.flags & {
         "active",
+        "anon_exclusive",
         "dirty",
         "referenced",
         "swapbacked",
@@ -213,9 +221,14 @@ def _put(state: State, pfn: int) -> None:
         del state.pages[pfn]
 
 
+def _strangers(page: Page) -> int:
+    """References that are neither mappings, nor ours, nor the one of a free device page."""
+    return page.refcount - page.mapcount - 1 - page.on_device
+
+
 def _pinned(page: Page) -> bool:
-    """Somebody else holds it. Of device pages nobody asks here: only waiters hold them."""
-    return not page.on_device and page.refcount - page.mapcount > 1
+    """Somebody else holds it. Of private pages nobody asks here: only waiters hold them."""
+    return not page.private and _strangers(page) > page.public
 
 
 def _unmap(state: State, addr: int) -> None:
@@ -237,10 +250,11 @@ def _map_again(state: State, old: int, new: int) -> None:
     for addr, entry in state.entries.items():
         if entry.kind == "migration" and entry.pfn == old:
             state.entries[addr] = Entry(
-                "device" if page.on_device else "present",
+                "device" if page.private else "present",
                 new,
                 write=entry.write and state.writable,
                 soft_dirty=entry.soft_dirty,
+                devmap=page.public,
             )
             page.mapcount += 1
             page.refcount += 1

@@ -12,7 +12,7 @@ import numpy as np
 
 from hmm import MigrateVma, MigrateVmaSelect, Stayed
 from mm.locking import current
-from mm.types import VM_WRITE, MemMap
+from mm.types import VM_WRITE, MemMap, MemoryType
 
 FLAGS = {
     0: "locked",
@@ -22,6 +22,7 @@ FLAGS = {
     5: "lru",
     6: "active",
     12: "reserved",
+    17: "anon_exclusive",
     18: "swapbacked",
     19: "unevictable",
     20: "mlocked",
@@ -47,6 +48,7 @@ class Entry:
     dirty: bool = False
     soft_dirty: bool = False
     accessed: bool = False
+    devmap: bool = False
 
 
 @dataclass
@@ -57,7 +59,8 @@ class Page:
     reference does not count.
     """
 
-    zone: str  # "system", or the name of a device
+    zone: str  # "system", or the name of the device whose memory it is
+    public: bool  # memory of a device that the CPU reaches
     flags: set[str]
     refcount: int
     mapcount: int
@@ -69,13 +72,18 @@ class Page:
     def on_device(self) -> bool:
         return self.zone != "system"
 
+    @property
+    def private(self) -> bool:
+        return self.on_device and not self.public
+
 
 @dataclass
 class State:
     """One migration, the VMA it works on, and every page in use.
 
     entries: by address, those that are not empty. pages: by PFN. select: the kinds of memory to
-    collect. owner: the device whose pages to collect, None for all.
+    collect. owner: the device whose pages to collect, None for all. held: device pages that
+    somebody held when they were unmapped.
     """
 
     me: int
@@ -92,6 +100,7 @@ class State:
     anon_vma: int | None
     next_anon_vma: int
     anon_rss: int
+    held: set[int]
     entries: dict[int, Entry] = field(default_factory=dict)
     pages: dict[int, Page] = field(default_factory=dict)
 
@@ -138,6 +147,7 @@ def look(migrate: MigrateVma) -> State:
         anon_vma=None if vma.anon_vma is None else vma.anon_vma.number,
         next_anon_vma=mem.next_anon_vma,
         anon_rss=vma.vm_mm.anon_rss,
+        held=set(migrate.held.tolist()),
     )
     for addr in range(vma.vm_start, vma.vm_end, 4096):
         word = page_table_word(mem, vma.vm_mm.pgd, addr)
@@ -169,8 +179,7 @@ def decode(word: int, zero_pfn: int) -> Entry:
         if word & 1 << 9:
             assert zero_pfn == pfn
             return Entry("zero")
-        write, accessed, dirty, soft_dirty = (bool(word & 1 << bit) for bit in (1, 5, 6, 11))
-        return Entry("present", pfn, write, dirty, soft_dirty, accessed)
+        return Entry("present", pfn, *(bool(word & 1 << bit) for bit in (1, 6, 11, 5, 58)))
     kind, write = SWAP_TYPES[word >> 59]
     pfn = (~word >> 9) % (1 << 50)
     return Entry(kind, pfn, write, soft_dirty=bool(word & 1 << 1))
@@ -180,7 +189,8 @@ def read_page(mem: MemMap, pfn: int) -> Page:
     """Row *pfn* of the columns."""
     zone = mem.zones[mem.zone.item(pfn)]
     page = Page(
-        zone="system" if zone.pgmap is None else zone.pgmap.name,
+        zone="system" if zone.pgmap is None else zone.pgmap.owner.name,
+        public=zone.pgmap is not None and zone.pgmap.type == MemoryType.DEVICE_PUBLIC,
         flags={name for bit, name in FLAGS.items() if mem.flags.item(pfn) >> bit & 1},
         refcount=mem.refcount.item(pfn),
         mapcount=mem.mapcount.item(pfn),
