@@ -60,6 +60,11 @@ _KEPT: Final = [name for name in COUNTED if name in VMSTAT_NAMES]
 T = TypeVar("T")
 
 
+def pointer(addr: int) -> int:
+    """*addr* as 64 bits hold it: what is not below 2**63 is negative."""
+    return (addr + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 class Region(NamedTuple):
     """What `mmap NAME` made: pages at a fixed address."""
 
@@ -77,7 +82,7 @@ class Pages(NamedTuple):
 
     @property
     def addr(self) -> int:
-        return self.region.addr + (self.first << PAGE_SHIFT)
+        return pointer(self.region.addr + (self.first << PAGE_SHIFT))
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from hmm.script.actor import MAX_PAGES, Actor
+from hmm.script.actor import MAX_PAGES, Actor, pointer
 from hmm.script.answers import runs, status_name
 from hmm.script.operations import Answer, flags, operation
 from mm.errors import MmError
@@ -29,7 +29,7 @@ def move(actor: Actor, addrs: list[int], to: list[int] | None, how: int) -> Answ
     """move_pages(2) of the pages at *addrs*."""
     status = np.full(len(addrs), UNSET, dtype=np.int32)
     wanted = None if to is None else np.array(to, dtype=np.int64)
-    where = np.array(addrs, dtype=np.int64)
+    where = np.array([pointer(addr) for addr in addrs], dtype=np.int64)
     try:
         ret, status = kernel_move_pages(actor.process.mm, where, wanted, how, status)
     except MmError as error:

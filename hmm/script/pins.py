@@ -8,7 +8,7 @@ from hmm.script.actor import Actor, File, Pages
 from hmm.script.answers import error_name
 from hmm.script.memory import faulting
 from hmm.script.operations import Answer, Refused, operation
-from mm.errors import InvalidArgument, MmError
+from mm.errors import InvalidArgument, MmError, OutOfMemory
 from mm.gup import Pin
 from mm.typing import PAGE_SIZE
 
@@ -37,6 +37,8 @@ def pin(actor: Actor, name: str, region: str, first: int, n: int, method: str | 
 def _hold(actor: Actor, pages: Pages, method: str) -> list[Pin]:
     """References to *pages*; a pipe takes those before the first that cannot be had."""
     process = actor.process
+    if pages.npages > actor.host.machine.mem.max_pfn:
+        raise OutOfMemory(f"pin: {pages.npages} pages are more than the machine has")
     if method == "vms":
         held: list[Pin] = []
         for addr in pages.addrs[:PIPE_PAGES]:

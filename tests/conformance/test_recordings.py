@@ -16,7 +16,6 @@ RECORDINGS = Path(__file__).parent / "recordings"
 WAITING = {
     "hand/13_thp": "huge pages",
     "hand/39_thp_more": "huge pages",
-    "coherent-basic": "public memory as later kernels migrate it",
 }
 
 
@@ -27,7 +26,7 @@ def name_of(script):
 @pytest.mark.parametrize("script", recorded_scripts(RECORDINGS), ids=name_of)
 def test_agrees(script):
     """The model answers as the kernel did, counts and flags included, and no rule is broken."""
-    if what := WAITING.get(name_of(script)) or WAITING.get(script.parent.name):
+    if what := WAITING.get(name_of(script)):
         pytest.skip(f"waits for {what}")
 
     outcome = check_script(script, "should", verify=True)

@@ -1,11 +1,13 @@
 """Running scripts: answers come in order, each before the next operation begins."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from hmm.script import Host, ParseError, answers, json_line
 from hmm.script.operations import GRAMMARS, HANDLERS, operation
+from hmm.script.run import NOT_YET
 from mm.errors import KernelBug
 from tests.hmm.scripts import play
 
@@ -94,6 +96,13 @@ class TestAnswers:
 
 
 class TestOperations:
+    def test_are_documented(self):
+        """docs/scripts.md has the grammar of each operation that the model performs."""
+        page = (Path(__file__).parents[2] / "docs" / "scripts.md").read_text()
+        performed = {grammar.usage for grammar in GRAMMARS.values()} - set(NOT_YET)
+
+        assert set() == {usage for usage in performed if f"`{usage}`" not in page}
+
     @pytest.mark.parametrize("name", sorted(GRAMMARS))
     def test_say_what_they_do(self, name):
         """Every operation has a grammar and a sentence."""
