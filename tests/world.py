@@ -49,7 +49,7 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.types import VM_EXEC, VM_READ, VM_WRITE, Vma, vm_get_page_prot
-from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, Ptes
+from mm.typing import Addresses, Payload, Pfns, Ptes
 from mm.vmscan import reclaim_pages
 
 SOMEBODY_ELSE = 60_000  # number of a thread that does not run
