@@ -141,7 +141,8 @@ def hmm_devmem_remove(devmem: HmmDevmem) -> None:
     nothing.
 
     Waits for migrations under way. Raises Deadlock inside one, OutOfMemory where system memory
-    has no room, and Busy where a page cannot leave; then the memory stays.
+    has no room, and Busy where a page cannot leave; then the memory stays. Unlike Linux v4.20,
+    which leaves that to the driver, and waits for it for ever.
     Linux: hmm_devmem_remove(), include/linux/hmm.h.
     """
     if devmem.removed:

@@ -1,7 +1,9 @@
 """What a device may map: the CPU's page tables of a range, with faults where the device asks.
 
 hmm_range_fault() answers for each page of a range with one word, and takes in the same word what
-the device wants of that page. Linux: include/linux/hmm.h and mm/hmm.c, v6.12.
+the device wants of that page. Linux: include/linux/hmm.h and mm/hmm.c, v6.12. Unlike Linux v4.20,
+a range may cross VMAs, and names whose device pages are fine where they are; the calls of v4.20
+are in hmm/vma_range.py.
 
         63 62 61 60      56 55                                                       0
        +--+--+--+----------+----------------------------------------------------------+

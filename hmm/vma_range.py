@@ -130,8 +130,9 @@ def hmm_vma_fault(range: HmmVmaRange, block: bool) -> None:
     a store to a VMA that may not be written, BusError (EFAULT) for a page that cannot be had.
     Linux: hmm_vma_fault(), mm/hmm.c.
 
-    Unlike Linux v4.20, *block* is heeded; mmap_sem stays held in any case; and a page that
-    another's fault has touched is still asked for what it was.
+    Unlike Linux v4.20, *block* is heeded; mmap_sem stays held in any case; a page that another's
+    fault has touched is still asked for what it was; and a store copies nothing in a VMA that may
+    not be written (EPERM, as in v5.4).
     """
     _begin("hmm_vma_fault", range, block=block)
     walk = _MirrorWalk(range, block=block)

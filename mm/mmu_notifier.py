@@ -16,8 +16,9 @@ A reader of the second kind never stops a change; he looks whether one came in b
 
 `mm.invalidate_seq` is odd while a change is under way that an interval hears of, and even
 otherwise. invalidate() stores the odd number in its notifier, so the two are equal until the
-change ends. Linux: mm/mmu_notifier.c; events and owner are as in v5.9, where a driver learned to
-pass over the migrations that it asked for, intervals as in v5.5.
+change ends. Linux: mm/mmu_notifier.c. Unlike Linux v4.20, a range has an event and an owner (as in
+v5.9), by which a driver passes over the migrations that it asked for, and there are intervals (as
+in v5.5).
 """
 
 from __future__ import annotations

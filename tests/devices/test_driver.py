@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from devices import NumpyDevice
 from mm import (
     PAGE_SIZE,
+    InvalidArgument,
     InvalidRange,
     OutOfMemory,
     SegmentationFault,
@@ -173,6 +174,25 @@ class TestRead:
         assert bytes([0, 1, 0, 0]) == load(world, nbytes=world.nbytes)[::PAGE_SIZE]
 
         world.machine.verify()
+
+
+class TestReadInto:
+    def test_buffer_is_filled(self):
+        """Any buffer that may be written, with the same bytes as read() returns."""
+        world = mapped_range(pages=3)
+        for buffer in (
+            bytearray(5000),
+            np.zeros(5000, dtype=np.uint8),
+            memoryview(bytearray(5000)),
+        ):
+            world.gpu.readinto(world.process, world.addr + 3000, buffer)
+            assert bytes(buffer) == world.gpu.read(world.process, world.addr + 3000, 5000)
+
+    def test_buffer_that_may_not_be_written(self):
+        """bytes have their value for good."""
+        world = mapped_range(pages=1)
+        with pytest.raises(InvalidArgument, match="read-only"):
+            world.gpu.readinto(world.process, world.addr, bytes(10))
 
 
 class TestWrite:

@@ -31,9 +31,13 @@ from mm import (
     SegmentationFault,
 )
 from mm.errors import MmError
+from mm.filemap import unlock_page
+from mm.gup import make_device_exclusive_range
 from mm.mmu_notifier import mmu_interval_read_begin
 from mm.pgtable import pte_offset
 from mm.sched import Task, running
+from mm.swap import put_page
+from mm.swapfile import swapon
 from mm.swapops import make_hwpoison_entry
 from mm.types import VM_IO, VM_MIXEDMAP, VM_PFNMAP
 from mm.typing import pages
@@ -226,6 +230,36 @@ class TestSpill:
             word = look(owned)
 
         assert ([True], [False]) == (world.on_device(), has(word, HMM_PFN_WRITE).tolist())
+
+
+class TestOnTheWay:
+    def test_page_that_another_device_has_for_itself(self):
+        """It is nothing to look at; asked for, it is the CPU's again first."""
+        world = mapped_range(pages=2)
+        mem, mm = world.machine.mem, world.process.mm
+        with mm.mmap_sem.read():
+            taken = make_device_exclusive_range(mm, world.addrs[1:], world.gpu)
+        unlock_page(mem, taken)
+        put_page(mem, taken)
+        with Watch(mm) as watch:
+            seen = look(hmm_range_of(world, watch))
+            words = look_until_true(hmm_range_of(world, watch, default_flags=STORE))
+
+        assert [True, False] == has(seen, HMM_PFN_VALID).tolist()
+        assert has(words, HMM_PFN_WRITE).all()
+
+    def test_page_in_swap(self):
+        """It is nothing to look at; asked for, it is read first."""
+        world = mapped_range(pages=2)
+        swapon(world.machine.mem, "1MiB")
+        world.process.madvise(world.at(1), PAGE_SIZE, "pageout")
+        with Watch(world.process.mm) as watch:
+            seen = look(hmm_range_of(world, watch))
+            words = look(hmm_range_of(world, watch, default_flags=FAULT))
+
+        assert [True, False] == has(seen, HMM_PFN_VALID).tolist()
+        assert has(words, HMM_PFN_VALID).all()
+        assert world.intact()
 
 
 class TestFailures:
