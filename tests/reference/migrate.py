@@ -27,7 +27,8 @@ def migrate_vma_collect(before: State) -> State:
         entry = state.entry(i)
         if not state.wanted[i]:
             continue
-        if entry.kind in ("none", "zero"):
+        empty = entry.kind == "none" or (entry.kind == "zero" and "SYSTEM" in state.select)
+        if empty:
             state.src[i], state.stayed[i] = MIGRATE, "NO"
         elif _selected(state, entry):
             state.src[i], state.stayed[i] = _collect_page(state, i, entry), "NO"
