@@ -320,7 +320,8 @@ def check_swap(mem: MemMap, census: Census) -> Complaints:
         flags = mem.flags[pages]
         clean = ((flags & PG_uptodate) != 0) & ((flags & (PG_dirty | PG_locked)) == 0)
         clean &= ~_dirty_in_tables(mem)[pages]
-        clean[clean] = (mem.payload[pages[clean]] != si.contents[named[clean]]).any(axis=1)
+        saved = np.where(si.zeromap[named[clean], np.newaxis], 0, si.contents[named[clean]])
+        clean[clean] = (mem.payload[pages[clean]] != saved).any(axis=1)
         yield from _complain("contents", pages, clean, "clean, yet its slot holds something else")
 
 

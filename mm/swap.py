@@ -308,7 +308,8 @@ def move_pages_to_lru(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
 def deactivate_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Let those of *pfns* that are active go to the young end of the inactive list (MADV_COLD).
 
-    Linux: deactivate_page() and lru_deactivate_fn(), mm/swap.c, v5.4.
+    Unlike Linux v4.20, which has no such advice (v5.4).
+    Linux: deactivate_page() and lru_deactivate_fn(), mm/swap.c.
     """
     lru_add_drain(mem, cpu)
     with mem.locks.atomic:

@@ -60,6 +60,7 @@ DEF_PRIORITY: Final = 12  # the first round looks at 1/4096 of each list, the la
 
 _INACTIVE: Final = word(~PG_active)
 _UNREFERENCED: Final = word(~PG_referenced)
+_SWAPBACKED_OR_REFERENCED: Final = word(PG_swapbacked | PG_referenced)
 
 mm_vmscan_lru_shrink_inactive: Final = TracePoint("mm_vmscan_lru_shrink_inactive")
 
@@ -138,7 +139,8 @@ def pgdat_balanced(node: Node) -> bool:
 def reclaim_pages(mem: MemMap, pfns: Pfns) -> int:
     """Swap *pfns* out, whether or not they are used (MADV_PAGEOUT); how many frames that freed.
 
-    What is on no LRU list stays, as does what cannot go. Linux: reclaim_pages(), v5.4.
+    What is on no LRU list stays, as does what cannot go. Unlike Linux v4.20, which has no such
+    advice (v5.4). Linux: reclaim_pages(), mm/vmscan.c.
     """
     lru_add_drain_all(mem)
     pfns = unique(pfns)
@@ -289,23 +291,26 @@ def _go_on(mem: MemMap, pfns: Pfns, may: Mask) -> Pfns:
 def _unreferenced(mem: MemMap, pfns: Pfns) -> Pfns:
     """Go on with what was not used since it was deactivated. Linux: page_check_references().
 
-    A page that MADV_FREE gave up needs no second chance: a load does not take it back.
+    A page that MADV_FREE gave up must have been used twice to become active; once, and it stays.
     """
-    referenced = page_referenced(mem, pfns) & has(mem.flags[pfns], PG_swapbacked)
+    referenced = page_referenced(mem, pfns)
     with mem.locks.atomic:
-        mem.flags[pfns] &= _UNREFERENCED
-    return _go_on(mem, pfns, ~referenced)
+        flags = mem.flags[pfns]
+        activate = referenced & has(flags, _SWAPBACKED_OR_REFERENCED)
+        mem.flags[pfns] = flags & _UNREFERENCED | (referenced & ~activate) * PG_referenced
+    _activate(mem, pfns[activate])
+    return pfns[~referenced]
 
 
 def _with_a_slot(mem: MemMap, pfns: Pfns) -> Pfns:
-    """Go on with what has its place in swap, or needs none."""
+    """Go on with what has its place in swap, or needs none; what is pinned stays as it is."""
     flags = mem.flags[pfns]
     homeless = has(flags, PG_swapbacked) & ~has(flags, PG_swapcache)
     if not some(homeless):
         return pfns
-    may = ~homeless
-    unpinned = places(homeless & ~page_maybe_dma_pinned(mem, pfns))
-    may[unpinned] = add_to_swap(mem, pfns[unpinned])
+    pinned = homeless & page_maybe_dma_pinned(mem, pfns)
+    pfns, may = pfns[~pinned], ~homeless[~pinned]
+    may[~may] = add_to_swap(mem, pfns[~may])
     return _go_on(mem, pfns, may)
 
 

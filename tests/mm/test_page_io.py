@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mm import PAGE_SIZE
 from mm.filemap import lock_page, unlock_page
 from mm.page_flags import PG_dirty, PG_uptodate
 from mm.page_io import swap_readpage, swap_writepage
@@ -15,8 +16,8 @@ def world(request):
     """Three locked pages in the swap cache."""
     world = mapped_range(pages=3, swap="64KiB", payload=request.param, filled=False)
     world.process.touch(world.addr, world.nbytes)
-    if request.param:
-        world.fill()
+    for page in range(3 if request.param else 0):
+        world.process.write(world.at(page), bytes([page + 1]) * PAGE_SIZE)
     mem, pfns = world.machine.mem, world.pfns()
     lock_page(mem, pfns)
     add_to_swap(mem, pfns)
@@ -36,7 +37,7 @@ class TestWrite:
         assert {"pswpout": 3} == delta
         assert not (mem.flags[pfns] & PG_dirty).any()
         if mem.payload is not None:
-            assert [0, 1, 2] == mem.swap.contents[mem.private[pfns], 17].tolist()
+            assert [1, 2, 3] == mem.swap.contents[mem.private[pfns], 17].tolist()
 
     def test_slot_that_fails(self, world):
         """That page stays dirty; the others are written."""
@@ -62,7 +63,7 @@ class TestRead:
 
         assert {"pswpin": 3} == delta
         assert (mem.flags[pfns] & PG_uptodate).all()
-        assert mem.payload is None or world.intact()
+        assert mem.payload is None or [1, 2, 3] == world.contents()
 
     def test_slot_that_fails(self, world):
         """That page is not up to date."""
@@ -74,3 +75,35 @@ class TestRead:
 
         assert [False, False, True] == (mem.flags[pfns] & PG_uptodate != 0).tolist()
         mem.flags[pfns] |= np.uint64(PG_uptodate)
+
+
+class TestZeros:
+    @pytest.mark.parametrize("world", [True], indirect=True)
+    def test_page_of_zeros_takes_no_room(self, world):
+        """It is neither written nor read; whatever the slot held before, zeros come back."""
+        mem, pfns = world.machine.mem, world.pfns()
+        swap_writepage(mem, pfns)
+        mem.payload[pfns[:2]] = 0
+        mem.payload[pfns[1], 5] = 1
+
+        with mem.vmstat.counting() as delta:
+            assert swap_writepage(mem, pfns).all()
+            mem.payload[pfns] = 99
+            assert swap_readpage(mem, pfns).all()
+
+        assert {"pswpout": 2, "pswpin": 2} == delta
+        assert [0, 1, 3 * PAGE_SIZE] == mem.payload[pfns].astype(int).sum(axis=1).tolist()
+
+    @pytest.mark.parametrize("world", [True], indirect=True)
+    def test_page_that_is_none_any_more(self, world):
+        """What is written later counts."""
+        mem, pfns = world.machine.mem, world.pfns()[:1]
+        mem.payload[pfns] = 0
+        swap_writepage(mem, pfns)
+        mem.payload[pfns] = 7
+        swap_writepage(mem, pfns)
+        mem.payload[pfns] = 99
+
+        swap_readpage(mem, pfns)
+
+        assert b"\7" * PAGE_SIZE == mem.payload[pfns].tobytes()
