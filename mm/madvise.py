@@ -34,7 +34,7 @@ from mm.swap import deactivate_page, lru_add_drain, mark_page_lazyfree, put_page
 from mm.swap_state import lookup_swap_cache
 from mm.swapfile import free_swap_and_cache, try_to_free_swap
 from mm.swapin import read_swap_cache
-from mm.swapops import is_swap_entry, swp_offset
+from mm.swapops import is_hwpoison_entry, is_swap_entry, swp_offset
 from mm.types import (
     VM_DONTCOPY,
     VM_DONTDUMP,
@@ -176,12 +176,16 @@ def _madvise_free(vma: Vma, start: int, end: int) -> Vma:
 
 
 def _madvise_free_run(mm: MmStruct, run: Run) -> None:
-    """Linux: madvise_free_pte_range(), mm/madvise.c."""
+    """What is in swap goes at once, and what is lost reads as zeros again.
+
+    Linux: madvise_free_pte_range(), mm/madvise.c.
+    """
     mem, ptes = mm.mem, run.ptes
     swapped = places(is_swap_entry(ptes))
     free_swap_and_cache(mem, ptes[swapped])
     mm.swapents -= swapped.size
     ptes[swapped] = 0
+    ptes[is_hwpoison_entry(ptes)] = 0
 
     at = _normal_pages(mem, ptes)
     pfns = pte_pfn(ptes[at])

@@ -26,9 +26,9 @@ from mm.vectors import places
 def migrate_device_coherent_page(mem: MemMap, pfns: Pfns) -> Mask:
     """Move device-public *pfns* (distinct) to system memory, one after the other.
 
-    The first that cannot move, because somebody else holds it or no frame is left, stays, and so
-    do those after it; True where a page moved. The caller's references go, of all of them.
-    Linux: migrate_device_coherent_page(), mm/migrate_device.c.
+    The first that cannot move, because somebody else holds it or no frame is left, is mapped
+    again, and those after it stay as they are; True where a page moved. The caller's references
+    go, of all of them. Linux: migrate_device_coherent_page(), mm/migrate_device.c.
     """
     preempt("migrate_device_coherent_page")
     try:
@@ -37,7 +37,7 @@ def migrate_device_coherent_page(mem: MemMap, pfns: Pfns) -> Mask:
         put_page(mem, pfns)
         raise
     held = places(mem.refcount[pfns] - mem.mapcount[pfns] > FREE_REFCOUNT + 1)
-    leaving = pfns[: held.item(0)] if held.size else pfns
+    leaving = pfns[: held.item(0) + 1] if held.size else pfns
     landed = leaving
     try:
         try_to_unmap(mem, leaving)

@@ -224,8 +224,8 @@ def _dup_vma(vma: Vma, vmg: VmaMerge) -> Vma:
 def _keep_mapped(vma: Vma, start: int, end: int, new_vma: Vma) -> None:
     """[*start*, *end*) of *vma* stays mapped, empty and not VM_LOCKED.
 
-    Unlike Linux (v5.7 and later), only this range is unlocked, not all of *vma*: the rest has
-    its pages still, and is accounted for.
+    Unlike Linux v4.20, which cannot do so, and v5.7, which unlocks all of *vma*: the rest of it has
+    its locked pages still, and `locked_vm` counts them.
     """
     if vma.vm_flags & VM_LOCKED:
         vma = vma_modify_flags(vma, start, end, vma.vm_flags & ~VM_LOCKED_MASK)

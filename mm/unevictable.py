@@ -20,7 +20,7 @@ from mm.page_flags import PG_active, PG_lru, PG_mlocked, PG_unevictable
 from mm.swap import relist_pages
 from mm.types import VM_LOCKED, VM_SPECIAL, MemMap, Vma
 from mm.typing import Pfns, word
-from mm.vectors import add_at, has, some
+from mm.vectors import add_at, has, some, unique
 
 _LISTED: Final = word(PG_lru | PG_unevictable)
 _NOT_ACTIVE: Final = word(~PG_active)
@@ -35,9 +35,9 @@ def mlock_page(mem: MemMap, pfns: Pfns) -> None:
     """
     with mem.locks.atomic:
         flags = mem.flags[pfns]
-        _set_mlocked(mem, np.unique(pfns[~has(flags, PG_mlocked)]))
+        _set_mlocked(mem, unique(pfns[~has(flags, PG_mlocked)]))
         listed = has(flags, PG_lru)
-        moves = np.unique(pfns[listed & ~has(flags, PG_unevictable)])
+        moves = unique(pfns[listed & ~has(flags, PG_unevictable)])
         relist_pages(mem, moves, (mem.flags[moves] | PG_unevictable) & _NOT_ACTIVE)
         add_at(mem.mlock_count, pfns[listed], 1)
 

@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from mm.mempolicy import Mempolicy, mpol_equal
 from mm.rmap import anon_vma_clone, unlink_anon_vmas
 from mm.types import (
     VM_SOFTDIRTY,
@@ -48,7 +49,7 @@ class VmaMerge:
     pgoff: int
     vm_flags: int
     vm_file: Any = None
-    vm_policy: Any = None
+    vm_policy: Mempolicy | None = None
     anon_vma: AnonVma | None = None
 
 
@@ -88,7 +89,7 @@ def _is_mergeable_vma(vma: Vma, vmg: VmaMerge) -> bool:
     return (
         not (vma.vm_flags ^ vmg.vm_flags) & ~VM_SOFTDIRTY
         and vma.vm_file is vmg.vm_file
-        and vma.vm_policy == vmg.vm_policy
+        and mpol_equal(vma.vm_policy, vmg.vm_policy)
     )
 
 
@@ -223,7 +224,7 @@ def vma_modify_flags(vma: Vma, start: int, end: int, vm_flags: int) -> Vma:
     return vma
 
 
-def vma_modify_policy(vma: Vma, start: int, end: int, policy: Any) -> Vma:
+def vma_modify_policy(vma: Vma, start: int, end: int, policy: Mempolicy | None) -> Vma:
     """Let [*start*, *end*) of *vma* have the memory policy *policy*; the VMA that it is in then.
 
     Linux: vma_modify_policy(), mm/vma.c, v6.12; vma_replace_policy(), mm/mempolicy.c.

@@ -49,7 +49,7 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.types import VM_EXEC, VM_READ, VM_WRITE, Vma, vm_get_page_prot
-from mm.typing import Addresses, Pfns, Ptes
+from mm.typing import Addresses, Payload, Pfns, Ptes
 from mm.vmscan import reclaim_pages
 
 SOMEBODY_ELSE = 60_000  # number of a thread that does not run
@@ -104,9 +104,19 @@ class World:
         return self.machine.mem.is_zone_device_page(self.pfns()).tolist()
 
     def fill(self) -> None:
-        """Write each page's own number all over it."""
-        for page in range(self.pages):
-            self.process.write(self.at(page), bytes([page % 251]) * PAGE_SIZE)
+        """Write each page's own number all over it; see written()."""
+        self.process.write(self.addr, self.written())
+
+    def written(self) -> Payload:
+        """What fill() writes, uint8[pages, 4096]: a page's number, all over it.
+
+        With swap the last byte is another, as a page of zeros takes no room there.
+        """
+        raw = np.repeat(np.arange(self.pages) % 251, PAGE_SIZE).astype(np.uint8)
+        pages = raw.reshape(self.pages, PAGE_SIZE)
+        if self.machine.mem.swap.max:
+            pages[:, -1] = 251
+        return pages
 
     def contents(self) -> list[int]:
         """What fill() wrote, by CPU loads: the first byte of each page."""
@@ -114,8 +124,7 @@ class World:
 
     def intact(self) -> bool:
         """True if the CPU still reads what fill() wrote, all over each page."""
-        wrote = (np.arange(self.pages) % 251).astype(np.uint8).repeat(PAGE_SIZE)
-        return wrote.tobytes() == self.process.read(self.addr, self.nbytes)
+        return self.written().tobytes() == self.process.read(self.addr, self.nbytes)
 
     def slots(self) -> Pfns:
         """Slot of each page in swap, 0 where it is elsewhere."""

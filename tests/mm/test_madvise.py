@@ -8,8 +8,18 @@ from mm import InvalidArgument, OutOfMemory
 from mm.errors import HwPoison, NotMapped
 from mm.madvise import ADVICE
 from mm.mmu_notifier import MmuNotifyEvent
-from mm.pgtable import pte_none, pte_offset, pte_present, pte_special, pte_write
-from mm.swapops import make_hwpoison_entry
+from mm.page_flags import PG_active, PG_dirty, PG_swapbacked, PG_workingset
+from mm.pgtable import (
+    pte_dirty,
+    pte_none,
+    pte_offset,
+    pte_present,
+    pte_special,
+    pte_write,
+    pte_young,
+)
+from mm.swap import lru_add_drain_all
+from mm.swapops import is_swap_entry, make_hwpoison_entry
 from mm.types import (
     VM_DONTCOPY,
     VM_DONTDUMP,
@@ -188,6 +198,187 @@ class TestDontneed:
         assert world.intact()
 
 
+class TestFree:
+    def test_dropped_unless_stored_to(self):
+        """Recorded in 32_lazyfree: what was stored to since stays, the rest reads as zeros."""
+        world = mapped_range(pages=6, swap="1MiB")
+        advise(world, 0, 4, "free")
+        assert 0 == faults(world, lambda: world.process.write(world.addr, b"\7"))
+
+        with world.machine.vmstat.counting("pswpout") as delta:
+            advise(world, 0, 6, "pageout")
+
+        assert {"pswpout": 2} == delta
+        assert [True, False, False, False, False, False] == pte_present(world.ptes()).tolist()
+        assert [7, 0, 0, 0, 4, 5] == world.contents()
+
+    def test_kept_while_memory_lasts(self):
+        """Until reclaim comes nothing is lost; pages are clean, and no longer swap's."""
+        world = mapped_range(pages=4)
+
+        advise(world, 0, 3, "free")
+        lru_add_drain_all(world.machine.mem)
+
+        flags = world.machine.mem.flags[world.pfns()]
+        assert [False, False, False, True] == ((flags & PG_swapbacked) != 0).tolist()
+        assert [False, False, False, True] == pte_dirty(world.ptes()).tolist()
+        assert 3 == world.machine.vmstat["pglazyfree"]
+        assert world.intact()
+
+    def test_what_is_in_swap(self):
+        """It is gone at once, and its slots are free."""
+        world = mapped_range(pages=3, swap="1MiB")
+        world.pageout()
+
+        advise(world, 0, 2, "free")
+
+        assert [0, 0, 2] == world.contents()
+        assert 0 == world.process.mm.swapents
+
+    def test_lost_page(self):
+        """What answers with SIGBUS reads as zeros afterwards."""
+        world = mapped_range(pages=2, filled=False)
+        poison(world, 1)
+
+        advise(world, 0, 2, "free")
+
+        assert [0, 0] == world.contents()
+
+    def test_who_keeps_his_page(self):
+        """A device page, and one that another process has changed and still maps."""
+        world = mapped_range(pages=3)
+        world.machine.mem.flags[world.pfns()[1]] |= PG_dirty
+        world.fork(1)
+        world.gpu.to_device(world.process, world.addr, PAGE_SIZE)
+
+        advise(world, 0, 3, "free")
+        lru_add_drain_all(world.machine.mem)
+
+        backed = (world.machine.mem.flags[world.pfns()] & PG_swapbacked) != 0
+        assert [True, True, False] == backed.tolist()
+        assert [True, False, False] == world.on_device()
+        assert world.intact()
+
+    def test_cached_page(self):
+        """Its slot goes with its contents, unless somebody has it locked."""
+        world = mapped_range(pages=2, swap="1MiB")
+        world.pageout()
+        advise(world, 0, 2, "willneed")
+        world.process.read(world.addr, world.nbytes)
+        world.lock(1)
+
+        advise(world, 0, 2, "free")
+
+        lru_add_drain_all(world.machine.mem)
+        backed = (world.machine.mem.flags[world.pfns()] & PG_swapbacked) != 0
+        assert [False, True] == backed.tolist()
+        world.unlock(1)
+
+    def test_announced(self):
+        """A device forgets the range: it must not store to what may be dropped."""
+        world = mapped_range(pages=2)
+        heard = Listener(world)
+
+        advise(world, 0, 2, "free")
+
+        assert [(MmuNotifyEvent.CLEAR, 0, 2)] == heard.events
+
+
+class TestCold:
+    def test_to_the_inactive_list(self):
+        """The page counts as not used for long; its contents stay."""
+        world = mapped_range(pages=3)
+        lru_add_drain_all(world.machine.mem)
+
+        advise(world, 0, 2, "cold")
+
+        flags = world.machine.mem.flags[world.pfns()]
+        assert [False, False, True] == ((flags & PG_active) != 0).tolist()
+        assert [True, True, False] == ((flags & PG_workingset) != 0).tolist()
+        assert [False, False, True] == pte_young(world.ptes()).tolist()
+        assert 2 == world.machine.vmstat["pgdeactivate"]
+        assert world.intact()
+
+
+class TestPageout:
+    def test_own_pages(self):
+        """They are in swap, and come back with a major fault each."""
+        world = mapped_range(pages=4, swap="1MiB")
+
+        advise(world, 1, 2, "pageout")
+        major = world.process.maj_flt
+
+        assert [False, True, True, False] == is_swap_entry(world.ptes()).tolist()
+        assert world.intact()
+        assert 2 == world.process.maj_flt - major
+
+    def test_what_stays(self):
+        """A shared page, a device page, the zero page and what was never touched."""
+        world = mapped_range(pages=4, filled=False, swap="1MiB")
+        world.process.touch(world.addr, 2 * PAGE_SIZE)
+        world.process.touch(world.at(2), PAGE_SIZE, write=False)
+        world.fork(0)
+        world.gpu.to_device(world.process, world.at(1), PAGE_SIZE)
+        before = world.ptes().tolist()
+
+        advise(world, 0, 4, "pageout")
+
+        assert before == world.ptes().tolist()
+
+    def test_without_swap(self):
+        """There is nowhere to go, and that is no error."""
+        world = mapped_range(pages=2)
+
+        advise(world, 0, 2, "pageout")
+
+        assert world.intact()
+
+    @pytest.mark.parametrize("advice", ["free", "cold", "pageout"])
+    def test_locked(self, advice):
+        """What is locked in memory stays there."""
+        world = mapped_range(pages=2)
+        world.process.mlock(world.addr, world.nbytes)
+
+        with pytest.raises(InvalidArgument, match=f"cannot be advised to {advice}"):
+            advise(world, 0, 2, advice)
+
+        assert world.intact()
+
+
+class TestWillneed:
+    def test_read_ahead(self):
+        """What is in swap is read; the accesses that follow find it."""
+        world = mapped_range(pages=4, swap="1MiB")
+        world.pageout(1, 2)
+        world.gpu.to_device(world.process, world.addr, PAGE_SIZE)
+
+        with world.machine.vmstat.counting("pswpin") as delta:
+            advise(world, 0, 4, "willneed")
+            advise(world, 0, 4, "willneed")
+        major = world.process.maj_flt
+
+        assert {"pswpin": 2} == delta
+        assert [True, False, False, False] == world.on_device()
+        assert world.intact()
+        assert 0 == world.process.maj_flt - major
+
+    def test_nothing_in_swap(self):
+        """Nothing to do."""
+        world = mapped_range(pages=2, filled=False)
+
+        advise(world, 0, 2, "willneed")
+
+        assert pte_none(world.ptes()).all()
+
+
+def poison(world, page):
+    """Let *page*, never touched, be one whose contents are lost."""
+    world.process.touch(world.addr, PAGE_SIZE)  # so that there is a page table
+    pool, mm = world.machine.mem.tables, world.process.mm
+    at = pte_offset(pool, mm.pgd, world.addrs[page : page + 1])
+    pool.entries[at] = make_hwpoison_entry(pages(7))
+
+
 class TestPopulate:
     def test_read(self):
         """Zeros where nothing is, and device pages come back: a fault for each."""
@@ -248,9 +439,7 @@ class TestPopulate:
     def test_lost_page(self):
         """Contents that are gone cannot be brought."""
         world = mapped_range(pages=2, filled=False)
-        world.process.touch(world.addr, PAGE_SIZE)
-        pool, mm = world.machine.mem.tables, world.process.mm
-        pool.entries[pte_offset(pool, mm.pgd, world.addrs[1:])] = make_hwpoison_entry(pages(7))
+        poison(world, 1)
 
         with pytest.raises(HwPoison, match=r"populate: .* are lost"):
             advise(world, 0, 2, "populate_read")

@@ -6,10 +6,11 @@ import pytest
 from mm.errors import Deadlock
 from mm.filemap import page_locked, trylock_page, unlock_page
 from mm.migrate_device import migrate_device_coherent_page
+from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_flags import PG_anon_exclusive, PG_dirty
 from mm.swap import get_page, lru_add_drain_all
 from mm.typing import NO_PAGES, PAGE_SIZE
-from tests.mm.test_device_exclusive import Probe
+from tests.mm.test_device_exclusive import Listener, Probe
 from tests.world import mapped_range
 
 
@@ -76,13 +77,15 @@ class TestMoved:
 
 class TestStays:
     def test_from_the_first_that_somebody_holds(self):
-        """Page by page, up to there."""
+        """Page by page; that one is unmapped and mapped again [coherent-pin/k5088, i=122]."""
         world = borrowed()
         world.hold(world.pfns().item(2))
+        listener = Listener(world)
 
         assert [True, True, False, False] == leave(world, 0, 1, 2, 3)
 
         assert [False, False, True, True] == world.on_device()
+        assert [(MmuNotifyEvent.CLEAR, world.at(0), world.at(3), None)] == listener.heard
         world.machine.verify()
 
     def test_without_frames(self):

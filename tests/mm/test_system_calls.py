@@ -46,10 +46,11 @@ class AnyCall(RuleBasedStateMachine):
         super().__init__()
         self.ended = ended_worlds()
         self.ended.__enter__()
-        self.world = mapped_range(pages=1, filled=False)
+        self.world = mapped_range(pages=1, filled=False, swap="1MiB")
         self.process = self.world.process
         self.process.munmap(self.world.addr, PAGE_SIZE)
         self.model = {}  # number of a page to what it is
+        self.paged = False  # something may have been in swap
 
     def before_hole(self, first, count):
         """The pages of a range up to the first that is not mapped, and whether there is one."""
@@ -144,6 +145,19 @@ class AnyCall(RuleBasedStateMachine):
         )
 
         self.change(gone, byte=0)
+
+    @rule(first=numbers, count=counts, advice=st.sampled_from(["cold", "pageout", "willneed"]))
+    def page(self, first, count, advice):
+        mapped = [page for page in range(first, first + count) if page in self.model]
+        locked = advice != "willneed" and any(self.model[page].locked for page in mapped)
+        error = NotMapped if len(mapped) < count else None
+
+        self.expect(
+            InvalidArgument if locked else error,
+            lambda: self.process.madvise(at(first), count * PAGE_SIZE, advice),
+        )
+
+        self.paged |= advice == "pageout"
 
     @rule(first=numbers, count=counts, write=st.booleans())
     def populate(self, first, count, write):
@@ -263,12 +277,13 @@ class AnyCall(RuleBasedStateMachine):
 
     @invariant()
     def pages_of_locked_memory_are_locked(self):
-        """Nobody shares them here, so that the kernel loses count of none."""
+        """Nobody shares them, so that none is lost count of; but what is read from swap is not."""
         mem, mm = self.world.machine.mem, self.process.mm
         for number, page in self.model.items():
             pte = mem.tables.entries[pte_offset(mem.tables, mm.pgd, pages(at(number)))]
             if (pte_present(pte) & ~pte_special(pte)).all():
-                assert page.locked == bool((mem.flags[pte_pfn(pte)] & PG_mlocked).all())
+                mlocked = bool((mem.flags[pte_pfn(pte)] & PG_mlocked).all())
+                assert page.locked == mlocked or (self.paged and page.locked)
 
     def teardown(self):
         for number, page in self.model.items():

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm import Machine
+from mm.mempolicy import Mempolicy, Mpol
 from mm.mmap import find_vma
 from mm.pgtable import PUD_SIZE
 from mm.rmap import anon_vma_clone
@@ -23,6 +24,7 @@ from tests.world import mapped_range
 
 BASE = 3 * PUD_SIZE - 6 * PAGE_SIZE  # pages from here straddle tables of every level but two
 PAGES = 12
+BIND = Mempolicy(Mpol.BIND, (0,))
 
 
 def at(page):
@@ -93,7 +95,7 @@ class TestSplit:
         """Page offsets go on, file and policy are the same, and the rmap finds both."""
         touch(process, 2, 9)
         vma = process.mm.vmas[0]
-        vma.vm_policy = "a policy"
+        vma.vm_policy = BIND
 
         rest = split_vma(vma, at(5))
 
@@ -168,7 +170,7 @@ class TestMerge:
     def test_policies(self, process):
         """Memory with a policy of its own is an area of its own, until both are equal."""
         with process.mm.mmap_sem.write():
-            vma_modify_policy(process.mm.vmas[0], at(4), at(8), ("bind", 1))
+            vma_modify_policy(process.mm.vmas[0], at(4), at(8), BIND)
             cut = areas(process)
             vma_modify_policy(process.mm.vmas[1], at(4), at(8), None)
 
@@ -251,7 +253,7 @@ class TestNew:
         [
             {"vm_flags": VM_READ},
             {"vm_file": "a file"},
-            {"vm_policy": "a policy"},
+            {"vm_policy": BIND},
             {"pgoff": 7},
         ],
     )

@@ -10,7 +10,6 @@ from mm.page_alloc import MAX_RECLAIM_RETRIES, system_zones
 from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
-    PG_mlocked,
     PG_swapbacked,
     PG_swapcache,
 )
@@ -155,10 +154,8 @@ class TestPagesThatStay:
     def test_mlocked(self):
         """A process has locked it in memory."""
         world = mapped_range(pages=3, swap=SWAP)
-        pfn = world.pfns()[1]
-        world.machine.mem.flags[pfn] |= PG_mlocked
+        world.process.mlock(world.at(1), PAGE_SIZE)
         self.stays(world)
-        world.machine.mem.flags[pfn] &= ~PG_mlocked
 
     def test_in_a_locked_vma(self):
         """The mapping says so, though the page does not yet; it keeps its place in memory."""
