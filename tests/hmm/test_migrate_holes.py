@@ -37,6 +37,16 @@ class TestHoles:
         assert [("device", prot == "rw")] * 3 == [(e.kind, e.write) for e in entries(world)]
         assert ({"nr_anon_pages": 3}, 3) == (delta, world.process.mm.anon_rss)
 
+    def test_zero_page_is_system_memory(self):
+        """Who asks for device pages alone is not given the zero page, but holes."""
+        world = mapped_range(pages=2, filled=False)
+        world.process.read(world.at(1), 1)
+
+        result = migrate(world, back=True)
+
+        assert ["NOT_CHOSEN", "SKIPPED"] == reasons(result)
+        assert ["none", "zero"] == kinds(world)
+
     @pytest.mark.parametrize("prot", ["r", "rw"])
     def test_filled_hole_reads_as_zeros(self, prot):
         """The CPU finds zeros where the device filled a hole, and with the same rights."""

@@ -16,8 +16,11 @@ from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_lru, PG_uptodate
 from mm.pgtable import (
+    _PAGE_ACCESSED,
     _PAGE_DEVMAP,
+    _PAGE_DIRTY,
     _PAGE_RW,
+    _PAGE_SOFT_DIRTY,
     PMD_SIZE,
     PUD_SIZE,
     pte_dirty,
@@ -34,6 +37,8 @@ from tests.interleave import explore
 from tests.mm.test_memremap import Borrowed
 from tests.world import SOMEBODY_ELSE, mapped_range
 
+MARKS = _PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY  # of a store
+
 
 def entries_at(world):
     return pte_offset(world.machine.mem.tables, world.process.mm.pgd, world.addrs)
@@ -47,6 +52,48 @@ def put_entries(world, entries):
 def fault(world, *, write=True):
     with world.process.mm.mmap_sem.read():
         return handle_mm_fault(world.vma, world.addrs, write=write)
+
+
+class TestFaultInVain:
+    def test_store(self):
+        """A write fault on an entry that allows it already leaves the marks of a store."""
+        world = mapped_range(pages=2)
+        world.clear_refs(0)
+        before = world.ptes() & ~MARKS
+
+        assert [0, 0] == fault(world).tolist()
+
+        assert (before | MARKS).tolist() == world.ptes().tolist()
+
+    def test_load(self):
+        """A read fault only those of a load."""
+        world = mapped_range(pages=2)
+        world.clear_refs(0, 1)
+        before = world.ptes()
+
+        assert [0, 0] == fault(world, write=False).tolist()
+
+        assert (before | _PAGE_ACCESSED).tolist() == world.ptes().tolist()
+
+
+class TestOrderOfDevices:
+    def test_by_address(self):
+        """Devices are asked in the order of the addresses, as if each page faulted alone."""
+        asked = []
+
+        class Asked(NumpyDevice):
+            def page_fault(self, vma, addrs, pfns, *, write):
+                asked.extend(addrs.tolist())
+                return super().page_fault(vma, addrs, pfns, write=write)
+
+        world = mapped_range(pages=4, driver=Asked)
+        other = Asked(world.machine, "4MiB")
+        for page, gpu in enumerate((other, world.gpu, world.gpu, other)):
+            gpu.to_device(world.process, world.at(page), PAGE_SIZE)
+
+        fault(world)
+
+        assert world.addrs.tolist() == asked
 
 
 class TestFirstTouch:

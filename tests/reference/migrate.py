@@ -27,8 +27,7 @@ def migrate_vma_collect(before: State) -> State:
         entry = state.entry(i)
         if not state.wanted[i]:
             continue
-        empty = entry.kind == "none" or (entry.kind == "zero" and "SYSTEM" in state.select)
-        if empty:
+        if entry.kind == "none" or (entry.kind == "zero" and "SYSTEM" in state.select):
             state.src[i], state.stayed[i] = MIGRATE, "NO"
         elif _selected(state, entry):
             state.src[i], state.stayed[i] = _collect_page(state, i, entry), "NO"
