@@ -37,7 +37,6 @@ from mm.mmu_notifier import mmu_interval_read_begin
 from mm.pgtable import pte_offset
 from mm.sched import Task, running
 from mm.swap import put_page
-from mm.swapfile import swapon
 from mm.swapops import make_hwpoison_entry
 from mm.types import VM_IO, VM_MIXEDMAP, VM_PFNMAP
 from mm.typing import pages
@@ -250,8 +249,7 @@ class TestOnTheWay:
 
     def test_page_in_swap(self):
         """It is nothing to look at; asked for, it is read first."""
-        world = mapped_range(pages=2)
-        swapon(world.machine.mem, "1MiB")
+        world = mapped_range(pages=2, swap="1MiB")
         world.process.madvise(world.at(1), PAGE_SIZE, "pageout")
         with Watch(world.process.mm) as watch:
             seen = look(hmm_range_of(world, watch))
