@@ -215,7 +215,9 @@ class TestVmNormalPage:
         As since v6.1, MADV_FREE passes over it too; that of v4.20 made its entry clean.
         """
         world = away(kind="public", swap="1MiB")
+        world.fill()
         before = world.ptes().tolist()
+        assert [True] * 3 == bits(world, _PAGE_DIRTY) == bits(world, _PAGE_ACCESSED)
 
         world.process.madvise(world.addr, world.nbytes, advice)
 
@@ -829,13 +831,14 @@ class TestMempolicy:
     """mm/mempolicy.c and mm/migrate.c: device pages are of no node."""
 
     @pytest.mark.parametrize("kind", ["private", "public"])
-    def test_mbind(self, kind):
+    @pytest.mark.parametrize("node", [0, 1])
+    def test_mbind(self, kind, node):
         """Not even MPOL_MF_STRICT minds where a device page is."""
         world = away(kind=kind, nodes=("16MiB", "16MiB"))
         before = world.ptes().tolist()
 
-        world.process.mbind(world.addr, world.nbytes, "bind", [1], "strict")
-        world.process.mbind(world.addr, world.nbytes, "bind", [1], "strict|move")
+        world.process.mbind(world.addr, world.nbytes, "bind", [node], "strict")
+        world.process.mbind(world.addr, world.nbytes, "bind", [node], "strict|move")
 
         assert before == world.ptes().tolist()
 
