@@ -723,7 +723,7 @@ class TestSwapfile:
         with world.machine.vmstat.counting() as delta:
             world.process.madvise(world.addr, world.nbytes, "willneed")
 
-        assert 2 == delta["pswpin"]
+        assert 1 == delta["pswpin"]  # page 0 is zeros, which take no reading
         assert [False, True, True, False] == world.on_device()
 
 
