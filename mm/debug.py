@@ -391,7 +391,10 @@ def _check_owner(
 
 
 def check_anon_vmas(mem: MemMap, census: Census) -> Complaints:
-    """Each anon_vma lists exactly the VMAs that name it, of address spaces that live."""
+    """Each anon_vma lists exactly the VMAs that name it, of address spaces that live.
+
+    What one lists its parent lists too.
+    """
     named: dict[int, list[Vma]] = {number: [] for number in mem.anon_vmas}
     for mm in mem.mms:
         for vma in mm.vmas:
@@ -401,6 +404,8 @@ def check_anon_vmas(mem: MemMap, census: Census) -> Complaints:
         listed = mem.anon_vmas[number].vmas if number in mem.anon_vmas else []
         if {id(v) for v in listed} != {id(v) for v in vmas} or not vmas:
             yield f"anon_vma: {number} lists {listed}, named by {vmas}"
+        elif (parent := mem.anon_vmas[number].parent) and not set(vmas) <= set(parent.vmas):
+            yield f"anon_vma: {number} lists {listed}, its parent {parent.vmas}"
 
 
 def check_vmas(mem: MemMap, census: Census) -> Complaints:

@@ -48,6 +48,7 @@ from mm.pgtable import (
 from mm.rmap import (
     anon_vma_prepare,
     page_add_new_anon_rmap,
+    page_move_anon_rmap,
     page_remove_rmap,
 )
 from mm.sched import current_task
@@ -247,7 +248,7 @@ def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False
         ptes = mem.tables.entries[at]
         readonly = pte_present(ptes) & ~pte_write(ptes)
         sole = readonly & ~pte_special(ptes)
-        sole[sole] = _can_reuse(mem, pte_pfn(ptes[sole]))
+        sole[sole] = _can_reuse(vma, pte_pfn(ptes[sole]))
         if not unshare:
             mem.tables.entries[at[sole]] |= maybe_mkwrite(vma)
     faults = np.zeros(addrs.size, dtype=np.uint16)
@@ -257,13 +258,14 @@ def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False
     return faults
 
 
-def _can_reuse(mem: MemMap, pfns: Pfns) -> Mask:
+def _can_reuse(vma: Vma, pfns: Pfns) -> Mask:
     """True for those of *pfns* that are the process's own, or have become so by now."""
+    mem = vma.vm_mm.mem
     own = has(mem.flags[pfns], PG_anon_exclusive)
     if not every(own):
-        own[~own] = reuse_swap_page(mem, pfns[~own])
-        with mem.locks.atomic:
-            mem.flags[pfns[own]] |= PG_anon_exclusive
+        shared = places(~own)
+        own[shared] = reuse_swap_page(mem, pfns[shared])
+        page_move_anon_rmap(vma, pfns[shared[own[shared]]])
     return own
 
 

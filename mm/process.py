@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mm.array import ProcessArray
 from mm.errors import InputOutputError, InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
+from mm.fork import dup_mmap
 from mm.gup import (
     FOLL_FORCE,
     FOLL_LONGTERM,
@@ -192,6 +193,21 @@ class Process(Task):
         Linux: mincore(2).
         """
         return do_mincore(self._alive(), addr, memparse(length))
+
+    def fork(self, name: str = "child") -> Process:
+        """A second process on the same CPU, with the same memory and policies.
+
+        Each sees what it stores, and not what the other does: pages are copied as they are stored
+        to, wherever they are, and those that are pinned at once. Memory advised "dontfork" is
+        left out, "wipeonfork" is empty there, and none of it is locked. Raises OutOfMemory.
+        Linux: fork(2).
+        """
+        oldmm = self._alive()
+        child = Process(oldmm.mem, name, self.cpu)
+        child.mempolicy, child.il_next = self.mempolicy, self.il_next
+        with running(self):
+            dup_mmap(child.mm, oldmm)
+        return child
 
     def exit(self) -> None:
         """Give all memory back; later calls do nothing. Linux: mmput(), kernel/fork.c."""

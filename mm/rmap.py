@@ -45,6 +45,7 @@ from mm.swapops import (
     make_hwpoison_entry,
     make_migration_entry,
     make_swap_entry,
+    pte_swp_exclusive,
     pte_swp_soft_dirty,
 )
 from mm.types import (
@@ -83,10 +84,11 @@ def anon_vma_prepare(vma: Vma) -> AnonVma:
     return vma.anon_vma
 
 
-def _anon_vma_alloc(mem: MemMap) -> AnonVma:
+def _anon_vma_alloc(mem: MemMap, parent: AnonVma | None = None) -> AnonVma:
     number = mem.next_anon_vma
     mem.next_anon_vma += 1
-    anon_vma = AnonVma(number, RwSemaphore(mem.locks, f"anon_vma {number}"), [])
+    rwsem = parent.rwsem if parent else RwSemaphore(mem.locks, f"anon_vma {number}")
+    anon_vma = AnonVma(number, rwsem, [], parent)
     mem.anon_vmas[number] = anon_vma
     return anon_vma
 
@@ -124,6 +126,49 @@ def anon_vma_clone(dst: Vma, src: Vma) -> None:
     for anon_vma in src.anon_vma_chain:
         _link(dst, anon_vma)
     dst.anon_vma = src.anon_vma
+
+
+def anon_vma_fork(vma: Vma, pvma: Vma) -> None:
+    """List *vma*, the child's copy of *pvma*, wherever that is listed, and give it an anon_vma.
+
+    New pages of the child are in that one, where no walk for the parent's pages looks. It may be
+    one that an ancestor has left: else a family whose parents exit and whose children fork, over
+    and over, would list ever more of them. Linux: anon_vma_fork() and anon_vma_clone(), mm/rmap.c.
+    """
+    if pvma.anon_vma is None:
+        return
+    for anon_vma in pvma.anon_vma_chain:
+        if vma.anon_vma is None and _is_left(anon_vma):
+            vma.anon_vma = anon_vma
+        _link(vma, anon_vma)
+    if vma.anon_vma is None:
+        vma.anon_vma = _anon_vma_alloc(vma.vm_mm.mem, pvma.anon_vma)
+        _link(vma, vma.anon_vma)
+
+
+def _is_left(anon_vma: AnonVma) -> bool:
+    """True if new pages of no VMA go there, and it has one child at most, and a parent.
+
+    Unlike Linux v4.20, which may use the first of a family again too.
+    Linux: `num_active_vmas` and `num_children` of struct anon_vma, v6.0.
+    """
+    if anon_vma.parent is None or any(vma.anon_vma is anon_vma for vma in anon_vma.vmas):
+        return False
+    below = {a.number for vma in anon_vma.vmas for a in vma.anon_vma_chain if a.parent is anon_vma}
+    return len(below) < 2
+
+
+def page_move_anon_rmap(vma: Vma, pfns: Pfns) -> None:
+    """*pfns* are mapped by *vma* alone from now on, and the process's own.
+
+    Walks for them look no more where its parent and its siblings are.
+    Linux: page_move_anon_rmap(), mm/rmap.c, and SetPageAnonExclusive(), v5.19.
+    """
+    mem = vma.vm_mm.mem
+    assert vma.anon_vma is not None
+    with mem.locks.atomic:
+        mem.mapping[pfns] = vma.anon_vma.number << 2 | PAGE_MAPPING_ANON
+        mem.flags[pfns] |= PG_anon_exclusive
 
 
 def unlink_anon_vmas(vma: Vma) -> None:
@@ -260,8 +305,10 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
         for kind in (present, ~present):
             entries[kind] = unmap_to_migration_entries(vma, ptes[kind], pfns[kind])
         return entries
+    exclusive = has(mem.flags[pfns], PG_anon_exclusive)
     page_remove_rmap(vma, pfns)
-    return make_migration_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+    kept_bits = soft_dirty * SWP_SOFT_DIRTY | exclusive * SWP_EXCLUSIVE
+    return make_migration_entry(pfns, writable) | kept_bits
 
 
 def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
@@ -366,7 +413,8 @@ def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
 def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
     """Let every migration entry for old[i] become a mapping of new[i] (often the same page).
 
-    Both vectors are locked by the caller; new pages carry the mapping and index of the old.
+    Both vectors are locked by the caller; new pages carry the mapping and index of the old. A page
+    is exclusive still where its entry says so: the process may have forked meanwhile.
     Linux: remove_migration_ptes(), mm/migrate.c.
     """
     for vma, pages, addrs in rmap_walk(mem, new):
@@ -378,7 +426,11 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
                 at, replaced = at[waiting], new[pages[waiting]]
             if replaced.size:
                 get_page(mem, replaced)
-                mem.tables.entries[at] = _mapping_entries(vma, mem.tables.entries[at], replaced)
+                entries = mem.tables.entries[at]
+                shared = ~pte_swp_exclusive(entries)
+                with mem.locks.atomic:
+                    mem.flags[replaced[shared]] &= _NOT_EXCLUSIVE
+                mem.tables.entries[at] = _mapping_entries(vma, entries, replaced)
                 page_add_anon_rmap(vma, replaced)
 
 

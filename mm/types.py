@@ -246,8 +246,9 @@ class AnonVma:
     """The VMAs in which the pages of one anonymous area may be mapped. Linux: struct anon_vma."""
 
     number: int
-    rwsem: RwSemaphore
-    vmas: list[Vma]  # the interval tree of the kernel, as a list
+    rwsem: RwSemaphore  # that of the first one: all that descend from it have it in common
+    vmas: list[Vma]  # the interval tree of the kernel, as a list; a parent's before its child's
+    parent: AnonVma | None = None  # of the process that forked, None for the first
 
 
 class Vma:

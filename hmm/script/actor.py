@@ -119,7 +119,6 @@ class Host:
         self.machine = Machine(nodes, swap="128MiB", cpus=2)
         self.records: list[MigrationRecord] = []  # of all devices, in the order of time
         self.devices: dict[int, DmirrorDevice] = {}
-        self.vmstat = dict(self.machine.vmstat)  # at the last `vmstat`
         self.longterm_test: list[Pin] = []  # what the kernel's test of long pins holds
 
     def device(self, number: int) -> DmirrorDevice:
@@ -132,13 +131,16 @@ class Host:
 
 
 class Actor:
-    """A process of the script. who: its place in the tree of processes, "" or "c" or "c.d"."""
+    """A process of the script. who: its place in the family, "" or "c" or "c.d"."""
 
-    def __init__(self, host: Host, process: Process, who: str = "") -> None:
+    def __init__(self, host: Host, process: Process, parent: Actor | None = None) -> None:
         self.host = host
         self.process = process
-        self.who = who
+        self.parent = parent
+        self.who = ""
+        self.children: list[Actor | None] = []  # None where one has exited
         self.regions: list[Region] = []
+        self.vmstat = dict(host.machine.vmstat)  # at the last `vmstat`
         self.mirrors: dict[int, File[Dmirror]] = {}  # that it opened, by device
         self.inherited: dict[int, File[Dmirror]] = {}  # that its parent had opened
         self.pins: list[tuple[str, str, File[list[Pin]]]] = []  # name, method, what they hold
@@ -194,11 +196,43 @@ class Actor:
         self.files.remove(file)
         file.put()
 
+    def adopt(self, name: str) -> None:
+        """Fork a child called *name*, which has open what this process has."""
+        child = Actor(self.host, self.process.fork(name), self)
+        child.who = f"{self.who}.{name}" if self.who else name
+        child.regions = self.regions.copy()
+        child.vmstat = self.vmstat.copy()
+        child.inherited = self.mirrors.copy()
+        child.files = self.files.copy()
+        for file in child.files:
+            file.holders += 1
+        if None in self.children:
+            self.children[self.children.index(None)] = child
+        else:
+            self.children.append(child)
+
+    def child(self, name: str) -> Actor | None:
+        """The first of its children that is called *name*."""
+        for child in self.children:
+            if child is not None and child.process.name == name:
+                return child
+        return None
+
     def exit(self) -> None:
-        """End the process: memory first, then what it has open. Linux: do_exit()."""
+        """End the process: memory first, then what it has open. Linux: do_exit().
+
+        Then its children follow, as nobody tells them what to do any more: the youngest first, as
+        that also holds the other end of what its elder siblings listen to.
+        """
         self.process.exit()
         for file in tuple(self.files):
             self.put(file)
+        for child in reversed(self.children):
+            if child is not None:
+                child.exit()
+        if self.parent is not None:
+            siblings = self.parent.children
+            siblings[siblings.index(self)] = None
 
     def signal(self, error: MmError) -> str:
         """How a process hears of *error* where it touched memory: by a signal."""

@@ -25,35 +25,39 @@ def nodes(mask: int) -> list[int]:
     return [node for node in range(8) if mask >> node & 1]
 
 
-def move(actor: Actor, addrs: list[int], to: list[int] | None, how: int) -> Answer:
-    """move_pages(2) of the pages at *addrs*."""
+def move(
+    actor: Actor, addrs: list[int], to: list[int] | None, how: int, child: Actor | None = None
+) -> Answer:
+    """move_pages(2) of the pages at *addrs*, its own or those of a *child*."""
     status = np.full(len(addrs), UNSET, dtype=np.int32)
     wanted = None if to is None else np.array(to, dtype=np.int64)
     where = np.array([pointer(addr) for addr in addrs], dtype=np.int64)
     try:
-        ret, status = kernel_move_pages(actor.process.mm, where, wanted, how, status)
+        ret, status = kernel_move_pages((child or actor).process.mm, where, wanted, how, status)
     except MmError as error:
         ret = -error.code
     shown = ("unset" if word == UNSET else status_name(word) for word in status.tolist())
     return {"ret": status_name(ret), "status": runs(shown)}
 
 
-@operation("move_pages NAME first n NODE [all] [noflag] [badflag]")
+@operation("move_pages NAME first n NODE [all] [noflag] [badflag] [pid=C]")
 def move_pages(
     actor: Actor,
     name: str,
     first: int,
     n: int,
     node: int | str,
+    *,
+    pid: str = "",
     **given: bool,
 ) -> Answer:
-    """move_pages(2): all pages to one node, or to nodes 0 and 1 by turns."""
+    """move_pages(2): all pages to one node, or to nodes 0 and 1 by turns; pid: of a child."""
     pages = actor.pages(name, first, min(n, MAX_PAGES))
     to = [i & 1 if node == "alt" else int(node) for i in range(len(pages.addrs))]
     how = MPOL_MF_MOVE
     for option, value in (("all", MPOL_MF_MOVE_ALL), ("noflag", 0), ("badflag", _BAD_FLAG)):
         how = value if option in given else how
-    return move(actor, list(pages.addrs), to, how)
+    return move(actor, list(pages.addrs), to, how, actor.child(pid))
 
 
 @operation("status NAME first n")

@@ -6,17 +6,13 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from hmm.script import devices, memory, nodes, pins, state
+from hmm.script import devices, family, memory, nodes, pins, state
 from hmm.script.actor import Actor, Host
 from hmm.script.language import parse
 from hmm.script.operations import GRAMMARS, Answer, Unsupported, operation
 
-OPERATIONS: Final = (memory, state, devices, nodes, pins)  # the files that have operations
+OPERATIONS: Final = (memory, state, devices, nodes, pins, family)  # the files that have operations
 NOT_YET: Final = (
-    "fork C",
-    "wait C",
-    "child C",
-    "cmp C NAME first n",
     "uffd_reg NAME first n UFFD",
     "uffd_unreg NAME first n",
     "uffd_copy NAME first n V",

@@ -46,7 +46,7 @@ from mm.task_mmu import (
     pagemap,
 )
 from mm.types import MemMap, page_anon
-from mm.typing import PAGE_SHIFT, Pfns, Ptes, Word, number
+from mm.typing import PAGE_SHIFT, Pfns, Ptes, Word, number, word
 from mm.vectors import distinct, has, some
 
 # Counters that `vmstat` shows besides those that every answer does.
@@ -80,6 +80,7 @@ _NOTHING, _PRESENT, _ZERO = ((1 << MAX_SWAPFILES_SHIFT) + i for i in range(3))
 _ENTRY_LETTERS: Final = np.full(_ZERO + 1, "S", dtype="U1")
 _ENTRY_LETTERS[[*_LETTERS, _NOTHING, _PRESENT, _ZERO]] = [*_LETTERS.values(), *".PZ"]
 
+_KIND: Final = word(PM_PRESENT | PM_SWAP)
 _TYPES: Final = number((1 << MAX_SWAPFILES_SHIFT) - 1)
 _BITS: Final = {"sd": PM_SOFT_DIRTY, "ex": PM_MMAP_EXCLUSIVE, "fl": PM_FILE, "wp": PM_UFFD_WP}
 
@@ -139,6 +140,14 @@ class View:
             seen.setdefault(key, len(seen) + 1) if there else 0
             for key, there in zip(keys, (self.types != _NOTHING).tolist(), strict=True)
         ]
+
+    def compared(self, other: View) -> str:
+        """For each page "=" where *other* has the same, "!" another, "." one of the two none."""
+        both = (self.types != _NOTHING) & (other.types != _NOTHING)
+        same = (self.words & _KIND) == (other.words & _KIND)
+        same &= (self.types < MAX_SWAPFILES) == (other.types < MAX_SWAPFILES)
+        same &= self.frames == other.frames
+        return "".join(np.where(both, np.where(same, "=", "!"), ".").tolist())
 
     def mapcounts(self) -> list[list[Any]]:
         """Runs of /proc/kpagecount, -1 where it has no answer."""
@@ -236,9 +245,9 @@ def smaps(actor: Actor, name: str) -> Answer:
 @operation("vmstat", counted=False)
 def vmstat(actor: Actor) -> Answer:
     """What has changed in /proc/vmstat since the last time."""
-    host, counts = actor.host, actor.host.machine.vmstat
-    changed = {key: n - host.vmstat[key] for key, n in counts.items() if n != host.vmstat[key]}
-    host.vmstat = dict(counts)
+    before, counts = actor.vmstat, actor.host.machine.vmstat
+    changed = {key: n - before[key] for key, n in counts.items() if n != before[key]}
+    actor.vmstat = dict(counts)
     return {"ret": 0, "d": {key: changed[key] for key in (*COUNTED, *_MORE) if key in changed}}
 
 
