@@ -533,6 +533,16 @@ class TestAreas:
 
         assert {"anon_vma"} == found
 
+    def test_child_that_its_parent_does_not_list(self, world):
+        """A walk for a page of the parent would miss the child."""
+        child = world.seen_by(world.process.fork())
+        own = child.vma.anon_vma
+        own.parent = type(own)(99, own.rwsem, [])
+        found = complaints(world.machine)
+        own.parent = world.vma.anon_vma
+
+        assert [f"anon_vma: {own.number} lists [{child.vma!r}], its parent []"] == found
+
     def test_anon_vma_of_nobody(self, world):
         """And is gone when there are none."""
         mem = world.machine.mem
