@@ -183,14 +183,14 @@ class RwSemaphore:
         self.name = name
         self.readers: dict[int, int] = {}
         self.writer = NOBODY
-        self._read = _Reading(self)
-        self._write = _Writing(self)
+        self._read = _Held(self, self._try_read, self._up_read, self._written_by_me)
+        self._write = _Held(self, self._try_write, self._up_write, self.held)
 
-    def read(self) -> _Reading:
+    def read(self) -> _Held:
         """`with sem.read():`. Linux: down_read(), up_read()."""
         return self._read
 
-    def write(self) -> _Writing:
+    def write(self) -> _Held:
         """`with sem.write():`. Linux: down_write(), up_write()."""
         return self._write
 
@@ -198,6 +198,9 @@ class RwSemaphore:
         """True if the running thread has it, for read or write. Linux: lockdep_is_held()."""
         me = current()
         return self.writer == me or me in self.readers
+
+    def _written_by_me(self) -> bool:
+        return self.writer == current()
 
     def _try_read(self) -> bool:
         if self.writer != NOBODY:
@@ -212,62 +215,50 @@ class RwSemaphore:
         self.writer = current()
         return True
 
-    def _wait(self, attempt: Callable[[], bool], *, holds: bool) -> None:
-        """Take what *attempt* did not get at once."""
-        if holds:
+    def _up_read(self) -> None:
+        me = current()
+        if self.readers[me] > 1:
+            self.readers[me] -= 1
+        else:
+            del self.readers[me]
+            self.locks.wake_up()
+
+    def _up_write(self) -> None:
+        self.writer = NOBODY
+        self.locks.wake_up()
+
+
+class _Held:
+    """What `with` holds between taking a semaphore and giving it back."""
+
+    __slots__ = ("attempt", "give_back", "holds", "sem")
+
+    def __init__(
+        self,
+        sem: RwSemaphore,
+        attempt: Callable[[], bool],
+        give_back: Callable[[], None],
+        holds: Callable[[], bool],
+    ) -> None:
+        self.sem = sem
+        self.attempt = attempt
+        self.give_back = give_back
+        self.holds = holds  # True where this thread would wait for itself
+
+    def __enter__(self) -> None:
+        sem = self.sem
+        preempt(sem.name)
+        with sem.locks.atomic:
+            if self.attempt():
+                return
+        if self.holds():
             raise Deadlock(
-                f"{self.name} is wanted by the thread that holds it; a callback may not map, "
+                f"{sem.name} is wanted by the thread that holds it; a callback may not map, "
                 f"unmap or exit the process that it works for"
             )
-        self.locks.wait_until(attempt, self.name)
-
-
-class _Reading:
-    """What `with sem.read():` holds."""
-
-    __slots__ = ("sem",)
-
-    def __init__(self, sem: RwSemaphore) -> None:
-        self.sem = sem
-
-    def __enter__(self) -> None:
-        sem = self.sem
-        preempt(sem.name)
-        with sem.locks.atomic:
-            if sem._try_read():
-                return
-        sem._wait(sem._try_read, holds=sem.writer == current())
+        sem.locks.wait_until(self.attempt, sem.name)
 
     def __exit__(self, *exc: object) -> None:
-        sem, me = self.sem, current()
-        with sem.locks.atomic:
-            if sem.readers[me] > 1:
-                sem.readers[me] -= 1
-            else:
-                del sem.readers[me]
-                sem.locks.wake_up()
-        preempt(sem.name)
-
-
-class _Writing:
-    """What `with sem.write():` holds."""
-
-    __slots__ = ("sem",)
-
-    def __init__(self, sem: RwSemaphore) -> None:
-        self.sem = sem
-
-    def __enter__(self) -> None:
-        sem = self.sem
-        preempt(sem.name)
-        with sem.locks.atomic:
-            if sem._try_write():
-                return
-        sem._wait(sem._try_write, holds=sem.held())
-
-    def __exit__(self, *exc: object) -> None:
-        sem = self.sem
-        with sem.locks.atomic:
-            sem.writer = NOBODY
-            sem.locks.wake_up()
-        preempt(sem.name)
+        with self.sem.locks.atomic:
+            self.give_back()
+        preempt(self.sem.name)

@@ -39,6 +39,7 @@ from mm.swapops import (
 PAGES = 40  # of address space, across a border of 2 MiB
 BASE = 0x1000_0020_0000 - 20 * PAGE_SIZE
 
+ADVICE = ["dontneed", "free", "cold", "pageout", "willneed", "populate_read", "populate_write"]
 DEVICES = st.integers(0, 3)
 PROTS = st.sampled_from(["rw", "rw", "r", "-"])
 VALUES = st.integers(1, 1 << 60)
@@ -141,9 +142,7 @@ class Mirrors(RuleBasedStateMachine):
 
     @rule(
         pages=ranges(),
-        advice=st.sampled_from(
-            "dontneed free cold pageout pageout willneed populate_read populate_write".split()
-        ),
+        advice=st.sampled_from(ADVICE),
     )
     def madvise(self, pages: range, advice: str) -> None:
         refused = True
