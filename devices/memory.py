@@ -47,7 +47,18 @@ from mm.sched import running
 from mm.swap import get_page, put_page
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes, word
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    Ptes,
+    number,
+    word,
+)
 from mm.vectors import distinct, every, has, pieces, places, some
 
 MIN_CHUNK: Final = 64 << 10
@@ -56,6 +67,7 @@ TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its
 
 
 _SERVED: Final = VmFault(0)
+_SHIFT: Final = number(PAGE_SHIFT)
 _PAGE_TO_MOVE: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE)
 
 
@@ -280,7 +292,7 @@ class DeviceMemory(ABC):
     def page_fault(self, vma: Vma, addrs: Addresses, pfns: Pfns, *, write: bool) -> VmFault:
         """A CPU touched *addrs*: bring those pages back, then their neighbours if wanted."""
         moved = Moved()
-        self._migrate_addrs(vma.vm_mm, addrs, Direction.TO_SYSTEM, moved)
+        self._migrate_in(vma, addrs, Direction.TO_SYSTEM, moved)
         if moved.stayed["not_chosen"]:
             return VmFault.OOM
         if self.neighbour_pages > 1:
@@ -302,7 +314,7 @@ class DeviceMemory(ABC):
         """Linux: alloc_and_copy() of struct migrate_vma_ops."""
         # What is about to be copied may not change under the copy.
         moving = places(src & MIGRATE_PFN_MIGRATE)
-        self.table_of(vma.vm_mm).unmap(start + (moving << PAGE_SHIFT))
+        self.table_of(vma.vm_mm).unmap(start + (moving << _SHIFT))
         if private is Direction.TO_DEVICE:
             self._copy_to_device(src, dst)
         else:
@@ -371,7 +383,7 @@ class DeviceMemory(ABC):
 
     def _copy_to_system(self, vma: Vma, start: int, src: MigratePfns, dst: MigratePfns) -> None:
         entries = places((src & _PAGE_TO_MOVE) == _PAGE_TO_MOVE)
-        pfns = alloc_pages_vma(vma, start + (entries << PAGE_SHIFT), GFP_HIGHUSER_MOVABLE)
+        pfns = alloc_pages_vma(vma, start + (entries << _SHIFT), GFP_HIGHUSER_MOVABLE)
         entries = entries[: pfns.size]
         self._hand_over(dst, entries, pfns, referenced=True)
         if self.mem.payload is None:
@@ -433,17 +445,18 @@ class DeviceMemory(ABC):
     def _migrate_addrs(
         self, mm: MmStruct, addrs: Addresses, direction: Direction, moved: Moved
     ) -> None:
-        """Migrate the pages at *addrs* (ascending), one call for those that lie close."""
+        """Migrate the pages at *addrs* (ascending), wherever they are mapped."""
         with mm.mmap_sem.read():
-            for piece in pieces(addrs[1:] > addrs[:-1] + PMD_SIZE, addrs.size):
-                near = addrs[piece]
-                for vma in vmas_in(mm, near.item(0), near.item(-1) + PAGE_SIZE):
-                    here = near
-                    if near.item(0) < vma.vm_start or near.item(-1) >= vma.vm_end:
-                        here = near[(near >= vma.vm_start) & (near < vma.vm_end)]
-                    if here.size:
-                        start, end = here.item(0), here.item(-1) + PAGE_SIZE
-                        self._migrate(vma, start, end, direction, moved, _mask(here, start, end))
+            for vma in vmas_in(mm, addrs.item(0), addrs.item(-1) + PAGE_SIZE) if addrs.size else ():
+                here = addrs[(addrs >= vma.vm_start) & (addrs < vma.vm_end)]
+                self._migrate_in(vma, here, direction, moved)
+
+    def _migrate_in(self, vma: Vma, addrs: Addresses, direction: Direction, moved: Moved) -> None:
+        """Migrate the pages at *addrs* (ascending) of *vma*, one call for those that lie close."""
+        for piece in pieces(addrs[1:] > addrs[:-1] + PMD_SIZE, addrs.size):
+            here = addrs[piece]
+            start, end = here.item(0), here.item(-1) + PAGE_SIZE
+            self._migrate(vma, start, end, direction, moved, _mask(here, start, end))
 
 
 def _mask(addrs: Addresses, start: int, end: int) -> Mask | None:

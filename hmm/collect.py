@@ -38,6 +38,7 @@ from mm.vectors import distinct, every, joined, places, rows, some
 
 _MAPPED: Final = word(MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED)  # what is collected, by kind
 _DEVICE: Final = word(_MAPPED | MIGRATE_PFN_DEVICE)
+_MIGRATE: Final = MmuNotifyEvent.MIGRATE  # members of an Enum are slow to look up
 
 
 def migrate_vma_collect(migrate: MigrateVma) -> None:
@@ -49,7 +50,7 @@ def migrate_vma_collect(migrate: MigrateVma) -> None:
     start, end = migrate.start, migrate.end
     migrate.begin(migrate.npages)
     found: list[_Collected] = []
-    with mmu_notifier_range(mm, start, end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner):
+    with mmu_notifier_range(mm, start, end, _MIGRATE, migrate.pgmap_owner):
         for run in walk_page_range(mm.mem.tables, mm.pgd, start, end):
             preempt("migrate_vma_collect")
             with mm.page_table_lock:
@@ -76,7 +77,8 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
         zero = present & pte_special(ptes)
         _collect_holes(migrate, run, pte_none(ptes) | zero & bool(migrate.select & SELECT_SYSTEM))
         mapped = places(_wanted(migrate, run, present ^ zero))
-        for at, pfns in _selected(migrate, mapped, pte_pfn(ptes[mapped])):
+        for at, pfns in _selected(migrate, mapped, pte_pfn(ptes[mapped])) if mapped.size else ():
+            migrate.reachable = True
             yield _collect_pages(migrate, run, at, pfns, _MAPPED)
     if migrate.select & SELECT_DEVICE_PRIVATE:
         at = places(_wanted(migrate, run, private))

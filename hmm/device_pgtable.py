@@ -7,6 +7,8 @@ may store to it. Nothing is in it that the CPU's page table does not show.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from mm.mmu_notifier import (
@@ -21,7 +23,8 @@ from mm.types import MemMap, MmStruct
 from mm.typing import PAGE_SIZE, Addresses, Mask, Pfns, Ptes, pages
 from mm.vectors import places
 
-ADDRESS_SPACE = 1 << 57
+ADDRESS_SPACE: Final = 1 << 57
+_MIGRATE: Final = MmuNotifyEvent.MIGRATE  # members of an Enum are slow to look up
 
 
 class DeviceTable:
@@ -44,9 +47,7 @@ class DeviceTable:
 
     def erase(self, addrs: Addresses) -> None:
         """Forget *addrs*."""
-        at = pte_offset(self.pool, self.pgd, addrs)
-        mapped = at[self.pool.entries[at] != 0]
-        self.pool.entries[mapped] = 0
+        self.pool.entries[pte_offset(self.pool, self.pgd, addrs)] = 0
 
     def clear(self, start: int, end: int) -> None:
         """Forget [*start*, *end*)."""
@@ -127,7 +128,7 @@ class DevicePageTable(DeviceTable):
         """Nothing to do: settle() asks the mm which ranges are being invalidated."""
 
     def _ours(self, invalid: MmuNotifierRange) -> bool:
-        return invalid.event is MmuNotifyEvent.MIGRATE and invalid.owner is self.owner
+        return invalid.event is _MIGRATE and invalid.owner is self.owner
 
     def release(self, mm: MmStruct) -> None:
         """The process goes: give all tables back."""

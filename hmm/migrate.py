@@ -89,7 +89,6 @@ def migrate_vma_prepare(migrate: MigrateVma) -> None:
     preempt("migrate_vma_prepare")
     if migrate.late.size:
         _lock_late(migrate)
-    migrate.reachable = not every(migrate.mem.is_device_private_page(migrate.pfns))
     if migrate.reachable:
         _isolate(migrate)
         _restore_pinned(migrate)

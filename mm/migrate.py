@@ -62,6 +62,7 @@ _MOVED_FLAGS: Final = word(
     | PG_swapbacked
     | PG_anon_exclusive
 )
+_ONE: Final = np.array(1, dtype=np.int32)
 _KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
 
 
@@ -77,8 +78,8 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     preempt("migrate_page_move_mapping")
     with mem.locks.atomic:
         cached = has(mem.flags[rows(old)], PG_swapcache)
-        expected = 1 + mem.is_zone_device_page(old).view(np.int8) + cached.view(np.int8)
-        alone = mem.refcount[rows(old)] == expected
+        besides = mem.is_zone_device_page(old).view(np.int8) + cached.view(np.int8)
+        alone = mem.refcount[rows(old)] - besides == _ONE
         if some(cached):
             alone[alone] = _leave_swap_cache(mem, new[alone], old[alone])
         if not every(alone):

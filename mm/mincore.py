@@ -6,17 +6,22 @@ import numpy as np
 
 from mm.errors import InvalidArgument, NotMapped
 from mm.mmap import find_vma, page_align
+from mm.page_flags import PG_uptodate
 from mm.pagewalk import walk_page_range
 from mm.pgtable import pte_none
-from mm.types import MmStruct
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask
+from mm.swap_state import lookup_swap_cache
+from mm.swapops import is_swap_entry, swp_offset
+from mm.types import MemMap, MmStruct
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask, Ptes
+from mm.vectors import has, places
 
 
 def do_mincore(mm: MmStruct, start: int, length: int) -> Mask:
     """True for pages that an access would find without I/O, bool[pages of the range].
 
     What stands in the page table for a page that is somewhere else but not in swap counts: one in
-    device memory, or on its way. Takes mmap_sem for read. Raises InvalidArgument, NotMapped.
+    device memory, or on its way. One in swap does while the swap cache has it.
+    Takes mmap_sem for read. Raises InvalidArgument, NotMapped.
     Linux: mincore() and do_mincore(), mm/mincore.c.
     """
     if start % PAGE_SIZE:
@@ -32,5 +37,15 @@ def do_mincore(mm: MmStruct, start: int, length: int) -> Mask:
             addr = vma.vm_end
         for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
             with mm.page_table_lock:
-                resident[run.slice] = ~pte_none(run.ptes)
+                resident[run.slice] = _mincore_ptes(mm.mem, run.ptes)
+    return resident
+
+
+def _mincore_ptes(mem: MemMap, ptes: Ptes) -> Mask:
+    """Linux: mincore_pte_range() and mincore_page(), mm/mincore.c."""
+    resident = ~pte_none(ptes)
+    swapped = places(is_swap_entry(ptes))
+    if swapped.size:
+        pfns = lookup_swap_cache(mem, swp_offset(ptes[swapped]))
+        resident[swapped] = (pfns > 0) & has(mem.flags[pfns], PG_uptodate)
     return resident

@@ -273,6 +273,8 @@ def _invalidation_starts(invalid: MmuNotifierRange) -> tuple[list[MmuIntervalNot
     mm = invalid.mm
     with mm.mem.locks.atomic:
         mm.invalidating.append(invalid)
+        if not mm.interval_notifiers:
+            return [], mm.invalidate_seq
         touched = [
             notifier
             for notifier in mm.interval_notifiers

@@ -68,6 +68,10 @@ class MemoryType(IntEnum):
     SYSTEM = 3
 
 
+_DEVICE_PRIVATE: Final = np.array(MemoryType.DEVICE_PRIVATE, dtype=np.uint8)
+_DEVICE_PUBLIC: Final = np.array(MemoryType.DEVICE_PUBLIC, dtype=np.uint8)
+
+
 class MemMap:
     """struct page as columns, with the memory, zones and counters of one machine around them.
 
@@ -130,11 +134,11 @@ class MemMap:
 
     def is_device_private_page(self, pfns: Pfns) -> Mask:
         """True for memory that only its device can touch. Linux: is_device_private_page()."""
-        return self.memory_type[self.zone[pfns]] == MemoryType.DEVICE_PRIVATE
+        return self.memory_type[self.zone[pfns]] == _DEVICE_PRIVATE
 
     def is_device_public_page(self, pfns: Pfns) -> Mask:
         """True for device memory that the CPU can touch. Linux: is_device_public_page()."""
-        return self.memory_type[self.zone[pfns]] == MemoryType.DEVICE_PUBLIC
+        return self.memory_type[self.zone[pfns]] == _DEVICE_PUBLIC
 
     def pagemap_of(self, pfn: int) -> DevPagemap | None:
         """The driver's pagemap behind a device page. Linux: page->pgmap."""

@@ -88,7 +88,7 @@ def joined(vectors: list[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 def pieces(breaks: Mask, size: int) -> list[slice]:
     """A vector of *size* as slices; breaks[i] cuts between its elements i and i + 1."""
-    if not some(breaks):
+    if size <= 1 or not some(breaks):
         return [slice(0, size)] if size else []
     bounds = [0, *(places(breaks) + 1).tolist(), size]
     return [slice(first, last) for first, last in pairwise(bounds)]

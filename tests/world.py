@@ -108,15 +108,9 @@ class World:
         self.process.write(self.addr, self.written())
 
     def written(self) -> Payload:
-        """What fill() writes, uint8[pages, 4096]: a page's number, all over it.
-
-        With swap the last byte is another, as a page of zeros takes no room there.
-        """
+        """What fill() writes, uint8[pages, 4096]: a page's number, all over it."""
         raw = np.repeat(np.arange(self.pages) % 251, PAGE_SIZE).astype(np.uint8)
-        pages = raw.reshape(self.pages, PAGE_SIZE)
-        if self.machine.mem.swap.max:
-            pages[:, -1] = 251
-        return pages
+        return raw.reshape(self.pages, PAGE_SIZE)
 
     def contents(self) -> list[int]:
         """What fill() wrote, by CPU loads: the first byte of each page."""

@@ -4,7 +4,9 @@ import pytest
 
 from mm import InvalidArgument
 from mm.errors import NotMapped
+from mm.page_flags import PG_uptodate
 from mm.pgtable import PMD_SIZE
+from mm.swap_state import lookup_swap_cache
 from mm.typing import PAGE_SIZE
 from tests.mm.test_rmap import migrating
 from tests.world import mapped_range
@@ -32,6 +34,20 @@ class TestMincore:
 
         with migrating(world):
             assert [True, True] == resident(world)
+
+    def test_page_that_is_being_read(self):
+        """It is in the swap cache, but its contents are not there yet."""
+        world = mapped_range(pages=2, swap="1MiB")
+        world.pageout()
+        world.process.madvise(world.addr, world.nbytes, "willneed")
+        pfns = lookup_swap_cache(world.machine.mem, world.slots())
+        assert [True, True] == resident(world)
+
+        world.machine.mem.flags[pfns[:1]] &= ~PG_uptodate
+        answer = resident(world)
+        world.machine.mem.flags[pfns[:1]] |= PG_uptodate
+
+        assert [False, True] == answer
 
     def test_no_fault(self):
         """Asking brings nothing."""
