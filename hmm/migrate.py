@@ -43,6 +43,7 @@ from hmm.migration import (
     Migration,
     check_arguments,
 )
+from mm.anon_vma import anon_vma_prepare
 from mm.errors import OutOfMemory
 from mm.filemap import trylock_page, unlock_page
 from mm.locking import preempt
@@ -52,7 +53,6 @@ from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_lru, PG_swapcache, PG_uptodate
 from mm.pgtable import pte_none, pte_present, pte_special
 from mm.rmap import (
-    anon_vma_prepare,
     page_add_new_anon_rmap,
     page_mapped,
     poison_migration_ptes,

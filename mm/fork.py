@@ -17,6 +17,7 @@ from typing import Final
 
 import numpy as np
 
+from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
@@ -37,7 +38,7 @@ from mm.pgtable import (
     pte_present,
     pte_special,
 )
-from mm.rmap import anon_vma_fork, page_add_anon_rmap, page_add_new_anon_rmap
+from mm.rmap import page_add_anon_rmap, page_add_new_anon_rmap
 from mm.sched import current_task
 from mm.swap import get_page, page_maybe_dma_pinned, put_page
 from mm.swap_slots import swap_duplicate

@@ -16,7 +16,6 @@ import numpy as np
 from mm.errors import InvalidArgument, NotMapped
 from mm.filemap import trylock_page, unlock_page
 from mm.gup import faultin_page_range
-from mm.memory import zap_page_range
 from mm.mmap import find_vma, page_align
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import (
@@ -58,6 +57,7 @@ from mm.typing import PAGE_SIZE, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import has, joined, places, some
 from mm.vma import vma_modify_flags
 from mm.vmscan import reclaim_pages
+from mm.zap import zap_page_range
 
 _CACHED_OR_DIRTY: Final = word(PG_swapcache | PG_dirty)
 _NOT_DIRTY: Final = word(~PG_dirty)

@@ -19,6 +19,7 @@ from typing import Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.anon_vma import anon_vma_prepare
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import KernelBug
 from mm.filemap import page_locked
@@ -28,7 +29,6 @@ from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_uptodate
-from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DEVMAP,
@@ -46,14 +46,13 @@ from mm.pgtable import (
     pte_write,
 )
 from mm.rmap import (
-    anon_vma_prepare,
     page_add_new_anon_rmap,
     page_move_anon_rmap,
     page_remove_rmap,
 )
 from mm.sched import current_task
 from mm.swap import lru_cache_add, put_page
-from mm.swapfile import free_pages_and_swap_cache, free_swap_and_cache, reuse_swap_page
+from mm.swapfile import free_pages_and_swap_cache, reuse_swap_page
 from mm.swapin import do_swap_in
 from mm.swapops import (
     is_device_exclusive_entry,
@@ -366,43 +365,3 @@ def _device_private_entry_fault(vma: Vma, addrs: Addresses, pfns: Pfns, *, write
             raise KernelBug(f"device-private entry for PFN {pfn:#x}, which no device has")
         faults[near] = zone.pgmap.page_fault(vma, addrs[near], pfns[near], write=write)
     return faults
-
-
-def zap_pte_range(vma: Vma, start: int, end: int) -> None:
-    """Take every mapping in [*start*, *end*) of *vma* away and drop its reference.
-
-    The caller has told the notifiers. Linux: zap_pte_range(), mm/memory.c.
-    """
-    mm = vma.vm_mm
-    for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
-        with mm.page_table_lock:
-            gone = _zap_run(vma, run)
-        free_pages_and_swap_cache(mm.mem, gone)
-
-
-def _zap_run(vma: Vma, run: Run) -> Pfns:
-    """Empty the entries of *run*; the pages that lose a reference by it."""
-    mm, ptes = vma.vm_mm, run.ptes
-    mapped = pte_present(ptes) & ~pte_special(ptes)
-    private = is_device_private_entry(ptes)
-    moving = is_migration_entry(ptes)
-    exclusive = swp_offset(ptes[is_device_exclusive_entry(ptes)])
-    if mm.swapents:
-        swapped = ptes[is_swap_entry(ptes)]
-        free_swap_and_cache(mm.mem, swapped)
-        mm.swapents -= swapped.size
-    pfns = np.concatenate((pte_pfn(ptes[mapped]), swp_offset(ptes[private])))
-    ptes[:] = 0
-    page_remove_rmap(vma, pfns)
-    gone = np.concatenate((pfns, exclusive))  # which are not mapped, and yet referenced
-    mm.anon_rss -= gone.size + int(np.count_nonzero(moving))
-    return gone
-
-
-def zap_page_range(vma: Vma, start: int, end: int, event: MmuNotifyEvent) -> None:
-    """Unmap [*start*, *end*) of *vma* and let *event* be known.
-
-    Linux: zap_page_range(), mm/memory.c.
-    """
-    with mmu_notifier_range(vma.vm_mm, start, end, event):
-        zap_pte_range(vma, start, end)

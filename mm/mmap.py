@@ -6,8 +6,8 @@ from bisect import bisect_right
 from functools import partial
 from typing import Final
 
+from mm.anon_vma import unlink_anon_vmas
 from mm.errors import InvalidArgument, InvalidRange, OutOfMemory
-from mm.memory import zap_pte_range
 from mm.mmu_notifier import (
     ULONG_MAX,
     MmuNotifyEvent,
@@ -16,7 +16,6 @@ from mm.mmu_notifier import (
     mmu_notifier_release,
 )
 from mm.pagewalk import free_pgtables
-from mm.rmap import unlink_anon_vmas
 from mm.trace import TracePoint
 from mm.types import (
     VM_ACCOUNT,
@@ -31,6 +30,7 @@ from mm.types import (
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
 from mm.vma import VmaMerge, insert_vma, split_vma, vma_merge
+from mm.zap import zap_pte_range
 
 TASK_SIZE_MAX: Final = (1 << 56) - PAGE_SIZE  # what five levels reach when asked by address
 MMAP_BASE: Final = 0x7FFF_F7FF_F000  # below the stack; areas grow down from here

@@ -12,6 +12,7 @@ from enum import IntFlag
 
 import numpy as np
 
+from mm.anon_vma import anon_vma_clone, unlink_anon_vmas
 from mm.errors import InvalidArgument, OutOfMemory, SegmentationFault
 from mm.gup import mm_populate
 from mm.mmap import (
@@ -38,7 +39,6 @@ from mm.pgtable import (
     pte_offset,
     pte_present,
 )
-from mm.rmap import anon_vma_clone, unlink_anon_vmas
 from mm.swapops import SWP_SOFT_DIRTY
 from mm.types import (
     VM_DONTEXPAND,

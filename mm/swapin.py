@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.anon_vma import anon_vma_prepare
 from mm.errors import KernelBug
 from mm.filemap import lock_new_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE
@@ -23,7 +24,7 @@ from mm.mempolicy import alloc_pages_vma
 from mm.page_flags import PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
 from mm.page_io import swap_readpage
 from mm.pgtable import _PAGE_DIRTY, _PAGE_RW, _PAGE_SOFT_DIRTY, mk_pte
-from mm.rmap import anon_vma_prepare, do_page_add_anon_rmap
+from mm.rmap import do_page_add_anon_rmap
 from mm.sched import current_task
 from mm.swap import lru_add_drain, lru_cache_add, put_page
 from mm.swap_slots import swap_count, swap_free, vm_swap_full

@@ -22,8 +22,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from mm.anon_vma import anon_vma_clone, unlink_anon_vmas
 from mm.mempolicy import Mempolicy, mpol_equal
-from mm.rmap import anon_vma_clone, unlink_anon_vmas
 from mm.types import (
     VM_SOFTDIRTY,
     VM_SPECIAL,

@@ -16,8 +16,10 @@ OURS = {
     "the rules of docs/data-model.md, checked": {
         "debug": (
             "verify check_zones check_free_pages check_counts check_flags check_mlocked check_lru "
-            "check_swap check_entries check_anon_vmas check_vmas check_notifiers check_tables"
+            "check_swap"
         ),
+        "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
+        "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
         "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",

@@ -14,6 +14,7 @@ import numpy as np
 
 from devices import Driver, NumpyDevice
 from mm import PAGE_SIZE, Machine, Process
+from mm.anon_vma import anon_vma_clone
 from mm.filemap import unlock_page
 from mm.gup import Pin, make_device_exclusive_range
 from mm.memory import pte_offset_alloc
@@ -33,7 +34,7 @@ from mm.pgtable import (
     pte_present,
     pte_write,
 )
-from mm.rmap import anon_vma_clone, page_add_anon_rmap
+from mm.rmap import page_add_anon_rmap
 from mm.sched import running
 from mm.swap import get_page, isolate_lru_page, lru_add_drain_all, put_page, putback_lru_page
 from mm.swap_slots import swap_duplicate

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mm import Machine
+from mm.anon_vma import anon_vma_prepare
 from mm.debug import dump_page
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
@@ -23,7 +24,6 @@ from mm.page_flags import (
     PG_swapcache,
 )
 from mm.pgtable import _PAGE_DEVMAP, _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
-from mm.rmap import anon_vma_prepare
 from mm.swap import lru_add_drain_all
 from mm.swapops import (
     make_device_exclusive_entry,

@@ -10,7 +10,7 @@ from mm import BusError, Machine, OutOfMemory, SegmentationFault, trace
 from mm.errors import KernelBug
 from mm.filemap import lock_page, unlock_page
 from mm.locking import preempt
-from mm.memory import anon_entries, handle_mm_fault, zap_page_range
+from mm.memory import anon_entries, handle_mm_fault
 from mm.memparse import memparse
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.mmu_notifier import MmuNotifyEvent
@@ -33,6 +33,7 @@ from mm.swap import get_page, lru_add_drain_all, put_page
 from mm.swapops import make_hwpoison_entry, swp_entry
 from mm.types import MemoryType, VmFault
 from mm.typing import PAGE_SIZE, pages
+from mm.zap import zap_page_range
 from tests.interleave import explore
 from tests.mm.test_memremap import Borrowed
 from tests.world import SOMEBODY_ELSE, mapped_range

@@ -11,7 +11,6 @@ from mm import BusError
 from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
-from mm.mempolicy import Mempolicy, Mpol
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_dirty, PG_swapbacked
@@ -20,7 +19,6 @@ from mm.pgtable import (
     _PAGE_DIRTY,
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
-    PMD_SIZE,
     pte_offset,
     pte_pfn,
     pte_soft_dirty,
@@ -28,7 +26,6 @@ from mm.pgtable import (
     pte_young,
 )
 from mm.rmap import (
-    anon_vma_prepare,
     page_add_anon_rmap,
     page_mapped,
     page_referenced,
@@ -57,11 +54,6 @@ def vma_at(process, addr):
     vma = process.find_vma(addr)
     assert vma is not None
     return vma
-
-
-def map_at(process, addr, prot="rw"):
-    process.mmap(PAGE_SIZE, prot, addr=addr)
-    return vma_at(process, addr)
 
 
 def where(mem, pfns):
@@ -140,50 +132,6 @@ class TestPageReferenced:
         assert [False] == page_referenced(world.machine.mem, pfns).tolist()
 
         put_page(world.machine.mem, pfns)
-
-
-class TestAnonVmaPrepare:
-    @pytest.mark.parametrize("prot", ["rwx", "w"])
-    def test_shared_with_a_neighbour(self, prot):
-        """Areas that could merge, but for their rights, share one."""
-        world = mapped_range(pages=3, filled=False)
-        for page in (0, 2):
-            world.process.mprotect(world.at(page), PAGE_SIZE, prot)
-        world.process.touch(world.at(1), PAGE_SIZE)
-        below, middle, above = world.process.mm.vmas
-
-        shared = {anon_vma_prepare(vma) for vma in (below, above)}
-
-        assert {middle.anon_vma} == shared
-
-    def test_own_where_the_neighbour_is_another_kind(self):
-        """Code and data do not share."""
-        world = mapped_range(pages=1, addr=PMD_SIZE)
-        above = map_at(world.process, PMD_SIZE + PAGE_SIZE, "rx")
-
-        assert world.vma.anon_vma is not anon_vma_prepare(above)
-
-    def test_own_where_the_neighbour_has_another_policy(self):
-        """Areas whose pages come from other nodes do not become one."""
-        world = mapped_range(pages=1, addr=PMD_SIZE)
-        above = map_at(world.process, PMD_SIZE + PAGE_SIZE, "r")
-        above.vm_policy = Mempolicy(Mpol.BIND, (0,))
-
-        assert world.vma.anon_vma is not anon_vma_prepare(above)
-
-    def test_own_where_there_is_no_neighbour(self):
-        """A gap of one page is enough, and so is another process."""
-        world = mapped_range(pages=1, addr=PMD_SIZE)
-        far = map_at(world.process, PMD_SIZE + 2 * PAGE_SIZE)
-        other = map_at(world.machine.spawn(), PMD_SIZE + PAGE_SIZE)
-
-        assert 3 == len({world.vma.anon_vma, anon_vma_prepare(far), anon_vma_prepare(other)})
-
-    def test_once(self):
-        """The second call finds what the first made."""
-        world = mapped_range(pages=1, filled=False)
-
-        assert anon_vma_prepare(world.vma) is anon_vma_prepare(world.vma)
 
 
 class TestRmapWalk:

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm import Machine
+from mm.anon_vma import anon_vma_clone
 from mm.mempolicy import Mempolicy, Mpol
 from mm.mmap import find_vma
 from mm.pgtable import PUD_SIZE
-from mm.rmap import anon_vma_clone
 from mm.types import (
     VM_DONTCOPY,
     VM_IO,
