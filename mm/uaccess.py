@@ -28,7 +28,7 @@ from mm.pgtable import (
 )
 from mm.types import VM_EXEC, VM_FAULT_ERROR, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, word
-from mm.vectors import every, places
+from mm.vectors import every, places, some
 
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
 Use: TypeAlias = Callable[[int, Pfns], None]
@@ -104,10 +104,11 @@ def _fault_in(mm: MmStruct, addrs: Addresses, *, write: bool) -> tuple[int, MmEr
             inside = addrs.item(-1) < vma.vm_end
             here = addrs[done : None if inside else int(addrs.searchsorted(vma.vm_end))]
             faults = handle_mm_fault(vma, here, write=write)
-            failed = places(faults & VM_FAULT_ERROR)
-            if failed.size:
-                addr = here.item(failed[0])
-                return addr, mm_fault_error(mm, addr, VmFault(faults.item(failed[0])))
+            if some(faults):
+                failed = places(faults & VM_FAULT_ERROR)
+                if failed.size:
+                    addr = here.item(failed[0])
+                    return addr, mm_fault_error(mm, addr, VmFault(faults.item(failed[0])))
             done += here.size
     return 0, None
 

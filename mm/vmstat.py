@@ -5,7 +5,7 @@ Names that begin with `nr_` are amounts that rise and fall; the rest count event
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -86,6 +86,12 @@ class VmStat(Mapping[str, int]):
         """
         with self.locks.atomic:
             self._counts[name] += amount
+
+    def add_each(self, names: Iterable[str], amount: int) -> None:
+        """Let each of *names* rise by *amount*."""
+        with self.locks.atomic:
+            for name in names:
+                self._counts[name] += amount
 
     @contextmanager
     def counting(self, *names: str) -> Iterator[dict[str, int]]:
