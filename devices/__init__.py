@@ -4,7 +4,7 @@ gpu = devices.open("numpy", machine, memory="64MiB")
 """
 
 from devices.driver import Driver
-from devices.memory import Moved, Stats
+from devices.moved import Moved, Stats
 from devices.numpy_device import NumpyDevice
 from devices.registry import open_device as open
 
