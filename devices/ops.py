@@ -29,18 +29,6 @@ class DeviceOps(Protocol):
     twice, and none is in any order, unless a function says so.
     """
 
-    clear: Callable[[Indices], None] | None
-    """Fill *pages* with zeros. Without it, the zero page is copied in."""
-
-    prefetch: Callable[[Addresses, int, int], Addresses] | None
-    """The device faulted at page addresses *addrs* of [*start*, *end*): what to bring as well.
-
-    The range is memory of one kind within 2 MiB; what lies outside it, or finds no free memory,
-    does not come."""
-
-    power_off: Callable[[], None] | None
-    """The device is empty and goes. Called once, by close()."""
-
     def allocate(self, npages: int) -> Indices:
         """Up to *npages* free pages; fewer, or none, when the device is full."""
 
@@ -55,3 +43,19 @@ class DeviceOps(Protocol):
 
         Returns None, or True for pages whose contents are lost for good.
         """
+
+    @property
+    def clear(self) -> Callable[[Indices], None] | None:
+        """clear(pages): fill *pages* with zeros. Without it, the zero page is copied in."""
+
+    @property
+    def prefetch(self) -> Callable[[Addresses, int, int], Addresses] | None:
+        """prefetch(addrs, start, end): faults at page addresses *addrs*; what to bring as well.
+
+        [start, end) is memory of one kind within 2 MiB. What lies outside it, or finds no free
+        memory, does not come.
+        """
+
+    @property
+    def power_off(self) -> Callable[[], None] | None:
+        """power_off(): the device is empty and goes. Called once, by close()."""

@@ -14,7 +14,7 @@ Wherever the name of a device is asked for, one of these will do; `?` begins opt
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -22,7 +22,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl
 from zlib import crc32
 
@@ -30,6 +30,38 @@ from hmm.offload.device import OpenDevice
 from mm.errors import InvalidArgument
 
 GROUP: Final = "hmm.devices"
+SUITES: Final = "hmm.conformance"
+
+
+class Verdict(Protocol):
+    """What became of one rule of a conformance suite."""
+
+    @property
+    def rule(self) -> str:
+        """What it is called."""
+
+    @property
+    def promise(self) -> str:
+        """What every driver promises."""
+
+    @property
+    def outcome(self) -> str:
+        """ "pass", "fail", or "skip" where it could not be judged."""
+
+    @property
+    def evidence(self) -> str:
+        """What was seen, or why it was not judged."""
+
+    @property
+    def seconds(self) -> float:
+        """How long that took."""
+
+
+class Suite(Protocol):
+    """A conformance suite: tries its rules, or *only* some, on the driver that opens devices."""
+
+    def __call__(self, driver: OpenDevice, only: Sequence[str] = ()) -> Iterator[Verdict]:
+        """Raises InvalidArgument, before the first verdict, for what cannot be tried."""
 
 
 class UnusableDriver(InvalidArgument):
@@ -68,6 +100,18 @@ def load_driver(name: str, points: Iterable[EntryPoint] | None = None) -> OpenDe
     if not callable(driver):
         raise UnusableDriver(f"device {place!r} is no class that opens devices, but {driver!r}")
     return _with_options(driver, name, query) if query else driver
+
+
+def load_suite() -> Suite:
+    """The conformance suite for drivers. Raises InvalidArgument where none is installed."""
+    suites = entry_points(group=SUITES)
+    if not suites:
+        raise InvalidArgument(
+            f"no conformance suite is installed (entry point group {SUITES}); install hmm-migrate "
+            f"again: pip install -e ."
+        )
+    suite: Suite = next(iter(suites)).load()
+    return suite
 
 
 def _imported(name: str, value: str, load: Callable[[], Any]) -> Any:
