@@ -106,14 +106,13 @@ class Limited(Wrapper):
     """
 
     def __init__(self, device: Driver | Wrapper, memory: Size) -> None:
-        super().__init__(device)
         pages = memparse(memory) >> PAGE_SHIFT
-        if not 0 < pages <= self.device.limit:
-            self.take_off()
+        if not 0 < pages <= device.limit:
             raise InvalidArgument(
-                f"{self.name}: a limit of {memory!r} is not between a page and the "
-                f"{format_size(self.device.limit * PAGE_SIZE)} that may be used"
+                f"{device.name}: a limit of {memory!r} is not between a page and the "
+                f"{format_size(device.limit * PAGE_SIZE)} that may be used"
             )
+        super().__init__(device)
         self.without = self.device.limit
         self.device.limit = pages
 
