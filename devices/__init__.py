@@ -4,8 +4,27 @@ gpu = devices.open("numpy", machine, memory="64MiB")
 """
 
 from devices.driver import Driver
+from devices.faulty import DeviceLost, Fault, Faulty
+from devices.logged import Logged, replay
 from devices.moved import Moved, Stats
 from devices.numpy_device import NumpyDevice
+from devices.ops import DeviceError
 from devices.registry import open_device as open
+from devices.wrappers import Counting, Limited, Wrapper
 
-__all__ = ["Driver", "Moved", "NumpyDevice", "Stats", "open"]
+__all__ = [
+    "Counting",
+    "DeviceError",
+    "DeviceLost",
+    "Driver",
+    "Fault",
+    "Faulty",
+    "Limited",
+    "Logged",
+    "Moved",
+    "NumpyDevice",
+    "Stats",
+    "Wrapper",
+    "open",
+    "replay",
+]
