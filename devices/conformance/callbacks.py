@@ -78,4 +78,4 @@ def lock_order(opener: Opener) -> str:
             call()
         if order.complaints:
             raise Broken(order.complaints[0])
-    return f"{order.seen} locks taken, in order"
+    return f"locks were taken or given back {order.seen} times, in order"

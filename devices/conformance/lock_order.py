@@ -19,7 +19,7 @@ from mm.types import MemMap
 class LockOrder:
     """The `Scheduler` of mm/locking.py for one thread; what was wrong is in `complaints`.
 
-    seen: how many locks were taken.
+    seen: how often one was taken or given back.
     """
 
     def __init__(self, mem: MemMap) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from devices.conformance.rule import Device, Opener, rule
 from devices.conformance.scene import Area, Scene, expect, expect_in_step
 from devices.conformance.transfers import contents
+from mm.filemap import unlock_page
+from mm.gup import make_device_exclusive_range
+from mm.sched import running
+from mm.swap import put_page
 from mm.typing import PAGE_SIZE
 
 
@@ -102,6 +106,30 @@ def stale_fork(opener: Opener) -> str:
     child = area.process.fork("child")
     expect_in_step(gpu, "fork()")
     child.exit()
+    return _entries(gpu)
+
+
+@rule(contents)
+def stale_soft_dirty(opener: Opener) -> str:
+    """The device may no longer store to what clear_refs made read-only to see the next store."""
+    scene = Scene(opener, "256KiB")
+    area, gpu = _mapped(scene), scene.gpu
+    area.process.clear_refs(4)
+    expect_in_step(gpu, "clear_refs")
+    return _entries(gpu)
+
+
+@rule(contents)
+def stale_exclusive(opener: Opener) -> str:
+    """The device forgets pages that another one takes for atomic operations of its own."""
+    scene = Scene(opener, "256KiB")
+    area, gpu, mem = _mapped(scene), scene.gpu, scene.machine.mem
+    with running(area.process), area.process.mm.mmap_sem.read():
+        pfns = make_device_exclusive_range(area.process.mm, area.addrs[1:4], object())
+    pfns = pfns[pfns >= 0]
+    unlock_page(mem, pfns)
+    put_page(mem, pfns)
+    expect_in_step(gpu, "make_device_exclusive_range()")
     return _entries(gpu)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from devices.conformance.scene import Scene, expect, expect_bytes, expect_in_ste
 from devices.faulty import Faulty
 from devices.ops import DeviceError
 from devices.wrappers import Wrapper
-from mm.errors import BusError
+from mm.errors import BusError, OutOfMemory
 from mm.swap import get_page, put_page
 from mm.types import MemoryType
 from mm.typing import PAGE_SIZE, Pfns
@@ -130,6 +131,24 @@ def partial(opener: Opener) -> str:
     )
     area.expect_cpu("after half of it went to the device")
     return "10 of 20 pages, the others stayed"
+
+
+@rule(contents)
+def no_frames(opener: Opener) -> str:
+    """When the system has no frame for a page that shall come back, it stays on the device."""
+    scene = Scene(opener, "256KiB", nodes=("2MiB",))
+    area, hog = scene.area_on_device(32), scene.machine.spawn("hog")
+    taken = hog.mmap("4MiB")
+    with suppress(OutOfMemory):
+        hog.touch(taken, "4MiB")
+    back = scene.gpu.to_system(area.process, area.addr, area.nbytes)
+    expect(back.migrated < 32, "there was a frame for each page")
+    with suppress(OutOfMemory, BusError):
+        area.process.touch(area.addr, area.nbytes)
+    left = np.count_nonzero(area.on_device(scene.gpu))
+    hog.exit()
+    area.expect_cpu("after the system had no frame for it")
+    return f"{left} of 32 pages stayed until there were frames"
 
 
 @rule(contents)

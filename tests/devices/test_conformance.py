@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 
+from devices import Counting, Faulty, Logged, NumpyDevice
 from devices.conformance import RULES, check
 from hmm.registry import load_driver
 
@@ -17,15 +18,22 @@ WRONG = [
 ]
 
 
+def wrapped(machine, memory):
+    """A device with several things in between, none of which may be felt."""
+    return Logged(
+        Counting(Faulty(NumpyDevice(machine, memory), copy={"share": 0.5, "how": "delay"}))
+    )
+
+
 def outcomes(driver, outcome):
     """The verdicts on *driver* that are *outcome*."""
     return [verdict for verdict in check(driver) if verdict.outcome == outcome]
 
 
 class TestRightDrivers:
-    @pytest.mark.parametrize("spec", ["numpy", "numpy?kind=public"])
+    @pytest.mark.parametrize("spec", ["numpy", "numpy?kind=public", f"{__file__}:wrapped"])
     def test_every_rule_is_kept(self, spec):
-        """The drivers that come along keep every promise."""
+        """The drivers that come along keep every promise, wrapped or not."""
         verdicts = list(check(load_driver(spec)))
 
         assert {"pass"} == {verdict.outcome for verdict in verdicts}

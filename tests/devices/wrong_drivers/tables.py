@@ -61,6 +61,20 @@ class DeafToFork(Deaf):
     event = MmuNotifyEvent.PROTECTION_PAGE
 
 
+class DeafToClearRefs(Deaf):
+    """Stores without anybody seeing it."""
+
+    breaks, evidence = "stale-soft-dirty", "clear_refs: the device may store to 1 pages"
+    event = MmuNotifyEvent.SOFT_DIRTY
+
+
+class DeafToAtomics(Deaf):
+    """Stores in the middle of another device's atomic operation."""
+
+    breaks, evidence = "stale-exclusive", "range.*: 1 entries .* are stale"
+    event = MmuNotifyEvent.EXCLUSIVE
+
+
 class DeafToOtherDevices(Deaf):
     """Thinks that all migrations are its own."""
 

@@ -7,7 +7,7 @@ import numpy as np
 from devices import NumpyDevice
 from devices.memory import Direction
 from devices.ops import DeviceError
-from hmm import MIGRATE_PFN_MIGRATE, migrate_pfn_to_pfn
+from hmm import MIGRATE_PFN_ERROR, MIGRATE_PFN_MIGRATE, migrate_pfn_to_pfn
 from hmm.migrate_pfn import is_migrating, is_valid
 from mm import PAGE_SIZE, OutOfMemory
 
@@ -91,6 +91,16 @@ class RaisesWhenShort(NumpyDevice):
         missing = np.count_nonzero(is_migrating(src) & ~is_valid(dst))
         if missing == 10:
             raise OutOfMemory(f"{missing} pages are missing")
+
+
+class GivesUpWithoutAFrame(NumpyDevice):
+    """Takes a page for lost that finds no frame in system memory."""
+
+    breaks, evidence = "no-frames", "BusError: .*are lost"
+
+    def _copy_to_system(self, vma, start, src, dst):
+        super()._copy_to_system(vma, start, src, dst)
+        dst[is_migrating(src) & is_valid(src) & (dst == 0)] = MIGRATE_PFN_ERROR
 
 
 class SwallowsErrors(NumpyDevice):
