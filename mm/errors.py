@@ -24,6 +24,10 @@ class InvalidArgument(MmError):
     """EINVAL: a size, flag or object that the call cannot take."""
 
 
+class NoSuchCounter(InvalidArgument, KeyError):
+    """EINVAL: no counter has that name. Also the KeyError that a mapping answers with."""
+
+
 class InvalidRange(InvalidArgument):
     """EINVAL: a range that is empty, inverted, or outside what it must lie in."""
 

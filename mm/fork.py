@@ -26,6 +26,7 @@ from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.overcommit import vm_enough_memory
 from mm.page_flags import PG_anon_exclusive, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
@@ -52,6 +53,7 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.types import (
+    VM_ACCOUNT,
     VM_DONTCOPY,
     VM_LOCKED_MASK,
     VM_WIPEONFORK,
@@ -88,6 +90,8 @@ def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
 
 def _dup_vma(mm: MmStruct, vma: Vma) -> None:
     """Linux: the loop of dup_mmap(); vm_area_dup(), kernel/fork.c."""
+    if vma.vm_flags & VM_ACCOUNT:
+        vm_enough_memory(mm.mem, vma_pages(vma), "fork")
     copy = Vma(mm, vma.vm_start, vma.vm_end, vma.vm_flags & ~VM_LOCKED_MASK, vma.vm_pgoff)
     copy.vm_file = vma.vm_file
     copy.vm_policy = vma.vm_policy

@@ -263,7 +263,7 @@ class TestToSystem:
 def fill_memory(machine):
     """A process that has taken all the memory that it can get."""
     hog = machine.spawn("hog")
-    addr = hog.mmap("16MiB")
+    addr = hog.mmap("16MiB", flags="anon|private|noreserve")
     with pytest.raises(OutOfMemory):
         hog.touch(addr, "16MiB")
     return hog
