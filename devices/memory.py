@@ -34,6 +34,7 @@ from hmm.migration import MigrateVma, MigrateVmaSelect
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.gup import set_page_dirty
 from mm.machine import Machine
 from mm.memparse import Size, format_size, memparse
 from mm.mempolicy import alloc_pages_vma
@@ -357,6 +358,8 @@ class DeviceMemory(ABC):
         self.chunks.take(pages)
         entries = entries[: pages.size]
         self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
+        set_page_dirty(self.mem, self.zone.start_pfn + pages)
         if self.mem.payload is None:
             return
         full = is_valid(src[entries])

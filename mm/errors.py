@@ -92,6 +92,10 @@ class Busy(MmError):
     code = errno.EBUSY
 
 
+class PageHeld(Busy):
+    """EBUSY: a page has to move, and somebody who does not let go of it holds a reference."""
+
+
 class WouldBlock(MmError):
     """EAGAIN: the call would have to wait, and was told not to."""
 
