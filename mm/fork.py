@@ -75,14 +75,15 @@ _SHARED_SLOT: Final = word(~SWP_EXCLUSIVE)
 def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
     """Let *mm*, which is empty, have what *oldmm* has. Takes both mmap_sems.
 
-    Raises OutOfMemory; then *mm* is gone, and *oldmm* has what it had.
-    Linux: dup_mmap(), kernel/fork.c.
+    Raises OutOfMemory, and Deadlock where this thread is just at work for *oldmm*; then *mm* is
+    gone, and *oldmm* has what it had. Linux: dup_mmap(), kernel/fork.c.
     """
-    with oldmm.mmap_sem.write(), mm.mmap_sem.write():
+    with mm.mmap_sem.write():
         try:
-            for vma in oldmm.vmas:
-                if not vma.vm_flags & VM_DONTCOPY:
-                    _dup_vma(mm, vma)
+            with oldmm.mmap_sem.write():
+                for vma in oldmm.vmas:
+                    if not vma.vm_flags & VM_DONTCOPY:
+                        _dup_vma(mm, vma)
         except BaseException:
             exit_mmap(mm)
             raise
