@@ -36,6 +36,7 @@ OURS = {
             "stretches set_bits keep_bits"
         ),
     },
+    "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler"},
