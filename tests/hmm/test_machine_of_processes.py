@@ -1,8 +1,8 @@
 """Several processes that share memory, and the reference driver's four devices, at random.
 
 Processes fork and exit in any order; what they do to their memory is mixed with what the devices,
-reclaim and the kernel's own migrations do to the pages behind it. What each process must find is kept
-in dicts, and after each step the machine verifies and no device reaches more than its CPU.
+reclaim and the kernel's own migrations do to the pages behind it. What each process must find is
+kept in dicts, and after each step the machine verifies and no device reaches more than its CPU.
 """
 
 from __future__ import annotations
