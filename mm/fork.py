@@ -21,8 +21,7 @@ from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.memory import lru_cache_add_active
-from mm.mempolicy import alloc_pages_vma
+from mm.memory import alloc_charged_pages, lru_cache_add_active
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
@@ -81,6 +80,7 @@ def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
     with mm.mmap_sem.write():
         try:
             with oldmm.mmap_sem.write():
+                mm.memcg = oldmm.memcg
                 for vma in oldmm.vmas:
                     if not vma.vm_flags & VM_DONTCOPY:
                         _dup_vma(mm, vma)
@@ -191,12 +191,13 @@ def _copy_pinned(dst: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
     """
     mm, mem, cpu = dst.vm_mm, dst.vm_mm.mem, current_task().cpu
     try:
-        new = alloc_pages_vma(dst, addrs, GFP_HIGHUSER_MOVABLE)
+        new = alloc_charged_pages(dst, addrs, GFP_HIGHUSER_MOVABLE)
         if new.size < pfns.size:
             put_page(mem, new, cpu)
+            where = "the machine" if mm.memcg is None else f"{mm.memcg}"
             raise OutOfMemory(
                 f"fork: {pfns.size} pages of {mm.name} are copied as they are pinned, and "
-                f"{new.size} frames are free; unpin or unmap something"
+                f"{where} has room for {new.size}; unpin or unmap something"
             )
         if mem.payload is not None:
             mem.payload[new] = mem.payload[pfns]

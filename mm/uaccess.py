@@ -23,6 +23,7 @@ from mm.errors import (
 )
 from mm.highmem import byte_places, memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
+from mm.memcontrol import mem_cgroup_oom_synchronize
 from mm.memory import handle_mm_fault
 from mm.memremap import FREE_REFCOUNT
 from mm.mmap import find_vma
@@ -147,6 +148,13 @@ def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
     Linux: mm_fault_error(), arch/x86/mm/fault.c.
     """
     if fault & VmFault.OOM:
+        memcg = mem_cgroup_oom_synchronize()
+        if memcg is not None:
+            return OutOfMemory(
+                f"{mm.name}: no room for the page at {addr:#x} in control group {memcg.name}, "
+                f"which uses {memcg.used}, and nothing of that can be reclaimed; unmap something, "
+                f"raise its limit, or boot with a larger swap="
+            )
         return OutOfMemory(
             f"{mm.name}: no frame for the page at {addr:#x}, {nr_free_pages(mm.mem)} pages are "
             f"free and kept in reserve; unmap something or boot with larger nodes="

@@ -19,6 +19,7 @@ OURS = {
             "check_swap"
         ),
         "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
+        "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
