@@ -53,7 +53,8 @@ def make_device_exclusive(mm: MmStruct, addrs: Addresses, pfns: Pfns, owner: obj
     """Take *pfns* (locked, with a reference each) at *addrs* of *mm* away from every CPU.
 
     False where *mm* does not map the page there any more, or may not store to it, or somebody
-    still maps it, and for pages of files, which others reach without a mapping. *owner* is told to whoever watches, so that the device knows its own doing.
+    still maps it, and for pages of files, which others reach without a mapping. *owner* is told to
+    whoever watches, so that the device knows its own doing.
     Linux: folio_make_device_exclusive(), mm/rmap.c.
     """
     mem = mm.mem

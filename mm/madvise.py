@@ -277,19 +277,17 @@ def _madvise_willneed(vma: Vma, start: int, end: int) -> Vma:
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
     if vma.vm_file is not None:
-        first = vma.vm_pgoff + ((start - vma.vm_start) >> PAGE_SHIFT)
-        stop = first + ((end - start) >> PAGE_SHIFT)
-        if shmem_mapping(vma.vm_file.f_mapping):
-            shmem_swapin_range(vma.vm_file.f_mapping, first, stop)
-        else:
-            force_page_cache_readahead(vma.vm_file.f_mapping, first, stop)
-            return vma
+        pgoff = vma.vm_pgoff + ((start - vma.vm_start) >> PAGE_SHIFT)
+        stop = pgoff + ((end - start) >> PAGE_SHIFT)
+        swapped = shmem_mapping(vma.vm_file.f_mapping)
+        read_ahead = shmem_swapin_range if swapped else force_page_cache_readahead
+        read_ahead(vma.vm_file.f_mapping, pgoff, stop)
     for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
-        swapped = places(is_swap_entry(run.ptes))
-        slots, first = np.unique(swp_offset(run.ptes[swapped]), return_index=True)
+        away = places(is_swap_entry(run.ptes))
+        slots, first = np.unique(swp_offset(run.ptes[away]), return_index=True)
         absent = lookup_swap_cache(mem, slots) == 0
         if some(absent):
-            addrs = run.addrs[swapped[first[absent]]]
+            addrs = run.addrs[away[first[absent]]]
             read_swap_cache_async(vma, addrs, slots[absent])
     lru_add_drain(mem, current_task().cpu)
     return vma

@@ -72,8 +72,8 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
 
     All pages are locked and unmapped. The references that may be there: one of the caller's, the
     one that every ZONE_DEVICE page has, and that of the page cache or the swap cache, where new[i]
-    takes the place of old[i] too. Device memory is not in the swap cache: there a page moves once no swap entry
-    needs its slot. Unlike Linux v4.20, which never moves it there (v5.18 does so).
+    takes the place of old[i] too. Device memory is not in the swap cache: there a page moves once
+    no swap entry needs its slot. Unlike Linux v4.20, which never moves it there (v5.18 does so).
     Linux: migrate_page_move_mapping(), mm/migrate.c.
     """
     preempt("migrate_page_move_mapping")

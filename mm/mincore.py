@@ -22,8 +22,8 @@ def do_mincore(mm: MmStruct, start: int, length: int) -> Mask:
     """True for pages that an access would find without I/O, bool[pages of the range].
 
     What stands in the page table for a page that is somewhere else but not in swap counts: one in
-    device memory, or on its way. One in swap does while the swap cache has it. Where nothing stands,
-    of a file the page cache knows.
+    device memory, or on its way. One in swap does while the swap cache has it. Where nothing
+    stands, of a file the page cache knows.
     Takes mmap_sem for read. Raises InvalidArgument, NotMapped.
     Linux: mincore() and do_mincore(), mm/mincore.c.
     """

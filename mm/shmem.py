@@ -65,7 +65,7 @@ from mm.types import (
     VmOperations,
     vma_pages,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, pages
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, pages, word
 from mm.vectors import every, places, some
 from mm.xarray import MAX_INDEX, Entries, xa_is_value, xa_mk_value, xa_to_value
 

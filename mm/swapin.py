@@ -138,8 +138,9 @@ def read_swap_cache_async(vma: Vma, addrs: Addresses, slots: Slots) -> None:
 def read_swap_cache(mem: MemMap, slots: Slots, frames: Pfns) -> tuple[Pfns, Faults]:
     """Read *slots* (distinct) into the swap cache: a page each, locked and with a reference, or 0.
 
-    *frames*: fresh ones for the first of them, or all; what is not used is freed. With it goes what the fault comes to: MAJOR, SIGBUS where the slot cannot be read, OOM where no
-    frame is left for any, RETRY where none is for this one, or another thread was first.
+    *frames*: fresh ones for the first of them, or all; what is not used is freed. With it goes
+    what the fault comes to: MAJOR, SIGBUS where the slot cannot be read, OOM where no frame is left
+    for any, RETRY where none is for this one, or another thread was first.
     Linux: __read_swap_cache_async() and swap_readpage().
     """
     si, cpu = mem.swap, current_task().cpu
