@@ -39,7 +39,6 @@ from mm.memparse import Size, format_size, memparse
 from mm.mempolicy import alloc_pages_vma
 from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import find_vma, vmas_in
-from mm.page_cache import set_page_dirty
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
 from mm.process import Process
@@ -370,8 +369,6 @@ class DeviceMemory(ABC):
             self.chunks.take(pages)
             entries = entries[: pages.size]
             self._hand_over(dst, entries, self.zone.start_pfn + pages)
-        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
-        set_page_dirty(self.mem, self.zone.start_pfn + pages)
         if self.mem.payload is None:
             return
         full = is_valid(src[entries])

@@ -160,8 +160,10 @@ class TestInTheWay:
     def test_holes_of_a_file(self):
         """What a file has not been read into is no hole; the private pages on it migrate."""
         world = mapped_range(pages=3, filled=False)
+        with world.machine.memfd_create("data") as file:
+            file.truncate(3 * PAGE_SIZE)
+            world.process.mmap(3 * PAGE_SIZE, "rw", "file|private", file=file, addr=world.at(0))
         world.process.write(world.at(1), b"x")
-        world.vma.vm_file = object()
 
         result = migrate(world)
 
