@@ -104,9 +104,10 @@ def try_charge(memcg: MemCgroup, nr_pages: int, gfp: int) -> int:
             if over is None or not gfp & _DIRECT_RECLAIM:
                 break
             if not _reclaim(over, missing):
-                if missing < nr_pages or not retries or not _others_make_room(memcg):
+                if missing < nr_pages or not retries:
                     break
                 retries -= 1
+                wait_event_timeout(lambda: memcg.memory.margin > 0)  # others may have all in hand
     finally:
         css_put(memcg)
     full = over if missing == nr_pages else None
@@ -131,11 +132,6 @@ def _reclaim(memcg: MemCgroup, nr_pages: int) -> int:
     """Reclaim *nr_pages* of *memcg*, or as many as it may have; how many it were."""
     reclaim = memcg.mem.memcg_reclaim
     return reclaim(memcg, min(nr_pages, memcg.memory.max)) if reclaim is not None else 0
-
-
-def _others_make_room(memcg: MemCgroup) -> bool:
-    """Let other threads run, which may have all its pages in hand; True if there is room then."""
-    return wait_event_timeout(lambda: memcg.memory.margin > 0)
 
 
 def commit_charge(mem: MemMap, pfns: Pfns, memcg: MemCgroup | None) -> None:
