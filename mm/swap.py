@@ -31,7 +31,7 @@ from mm.page_flags import (
 )
 from mm.types import MemMap, page_anon
 from mm.typing import Indices, Mask, Pfns, Ptes, word
-from mm.vectors import add_at, distinct, every, has, joined, places, rows, some, unique
+from mm.vectors import add_at, distinct, every, has, joined, keep_bits, places, rows, some, unique
 
 GUP_PIN_COUNTING_BIAS: Final = 1024  # what a pin adds to `refcount`, to be told from references
 
@@ -290,7 +290,7 @@ def _isolate(mem: MemMap, pfns: Pfns) -> Mask:
             mem.refcount[pfns] > 0
         )  # at 0 somebody is about to free it
         taken = pfns if every(isolated) else pfns[isolated]
-        mem.flags[rows(taken)] &= _NOT_LRU
+        keep_bits(mem.flags, taken, _NOT_LRU)
         if some(has(flags, PG_unevictable)):
             mem.mlock_count[taken] = 0  # what it counts is lost off the list
         get_page(mem, taken)

@@ -125,6 +125,7 @@ class MemMap:
         self.swap = SwapInfo(0, self.locks, payload=False)  # the swap area
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
+        self.max_map_count = 65530  # VMAs that a process may have
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices

@@ -34,9 +34,10 @@ OURS = {
         "uaccess": "access_pages page_range payload_of gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
-            "stretches"
+            "stretches set_bits keep_bits"
         ),
     },
+    "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler"},
