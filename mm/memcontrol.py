@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from mm.errors import InvalidArgument, OutOfMemory
 from mm.gfp import Gfp
 from mm.locking import wait_event_timeout
-from mm.mem_cgroup import MemCgroup, css_put, css_release
+from mm.mem_cgroup import MEM_CGROUP_RECLAIM_RETRIES, MemCgroup, css_put, css_release
 from mm.page_counter import page_counter_try_charge, page_counter_uncharge
 from mm.sched import current_task
 from mm.swap_slots import nr_swap_pages
@@ -36,7 +36,6 @@ from mm.typing import Indices, Mask, Pfns, Slots
 from mm.vectors import distinct, places, rows
 
 MEM_CGROUP_ID_MAX: Final = (1 << 16) - 1
-MEM_CGROUP_RECLAIM_RETRIES: Final = 5
 NO_ROOM: Final = -1  # in place of a group's number: it has no room
 
 _DIRECT_RECLAIM: Final = int(Gfp.DIRECT_RECLAIM)
@@ -249,6 +248,8 @@ def mem_cgroup_try_charge_swap(mem: MemMap, pfns: Pfns, slots: Slots) -> Mask:
 
 def mem_cgroup_uncharge_swap(mem: MemMap, slots: Slots) -> None:
     """*slots* (distinct) are free. Linux: mem_cgroup_uncharge_swap(), mm/memcontrol.c."""
+    if not mem.memcgs:
+        return
     charged_to = mem.swap.swap_cgroup
     with mem.locks.atomic:
         for memcg, mine in _by_group(mem, charged_to[slots]):

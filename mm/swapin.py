@@ -123,6 +123,8 @@ def swapin(vma: Vma, addrs: Addresses, slots: Slots) -> SwappedIn:
         read_in = _read_charged if mem.memcgs else read_swap_cache
         pfns[absent], faults[absent] = read_in(vma, addrs[absent], slots[absent])
         read[absent] = pfns[absent] > 0
+        if some(pfns):  # once those are mapped, they may go to swap again for the others
+            faults[faults == VmFault.OOM] = VmFault.RETRY
     return SwappedIn(pfns, read, faults, busy)
 
 

@@ -478,6 +478,15 @@ class TestSwap:
         assert world.intact()
         assert world.process.cgroup.usage <= 8 * PAGE_SIZE
 
+    def test_room_that_the_same_fault_has_in_hand(self):
+        """Pages that were read ahead make room for others as soon as they are mapped."""
+        world = grouped(pages=6, limit=4, swap="1MiB")
+        world.pageout()
+        read_swap_cache_async(world.vma, world.addrs[:4], world.slots()[:4])
+        assert (4, 6) == pages_of(world.process.cgroup)
+
+        assert world.intact()
+
     def test_the_end_of_swap(self):
         """Pages that get no slot are counted, whosever limit it was."""
         world = grouped(pages=8, swap="20KiB")
