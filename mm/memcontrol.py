@@ -17,7 +17,6 @@ here. Counters and columns change under `mem.locks.atomic`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Final
 
@@ -200,11 +199,9 @@ def mem_cgroup_uncharge(mem: MemMap, pfns: Pfns) -> None:
         mem.memcg[rows(pfns)] = 0
 
 
-def _by_group(mem: MemMap, owners: NDArray[np.integer]) -> Iterable[tuple[MemCgroup, Indices]]:
+def _by_group(mem: MemMap, owners: NDArray[np.integer]) -> list[tuple[MemCgroup, Indices]]:
     """The groups whose numbers are among *owners*, each with the places where they are."""
-    for number in distinct(owners):
-        if number:
-            yield mem.memcgs[number], places(owners == number)
+    return [(mem.memcgs[n], places(owners == n)) for n in distinct(owners) if n]
 
 
 def mem_cgroup_oom_synchronize() -> MemCgroup | None:

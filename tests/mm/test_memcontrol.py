@@ -447,6 +447,24 @@ class TestSwap:
         assert [(0, 0), (0, 4)] == [pages_of(g) for g in inner.lineage()]
         assert ["/a", "/c"] == sorted(g.name for g in world.machine.mem.memcgs.values())
 
+    def test_slots_of_a_removed_group_beside_those_of_its_parent(self):
+        """Reclaimed at once, they are charged once each."""
+        world = mapped_range(pages=6, filled=False, swap="1MiB")
+        first, outer = world.machine.cgroup("/first"), world.machine.cgroup("/a")
+        first.remove()
+        inner = world.machine.cgroup("/a/b")
+        assert inner.number < outer.number
+        world.process.move_to(inner)
+        world.process.write(world.addr, b"x" * (2 * PAGE_SIZE))
+        outer.move_charge_at_immigrate = False
+        world.process.move_to(outer)
+        world.process.write(world.at(2), b"x" * (4 * PAGE_SIZE))
+        inner.remove()
+
+        assert 6 == world.pageout()
+
+        assert (0, 6) == pages_of(outer)
+
     def test_read_ahead(self):
         """What is read ahead of a fault is charged as it is read."""
         world = grouped(pages=4, swap="1MiB")
