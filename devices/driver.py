@@ -29,7 +29,6 @@ from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
 from mm.mmap import TASK_SIZE_MAX, find_vma
 from mm.page_cache import set_page_dirty
-from mm.page_cache import set_page_dirty
 from mm.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,
@@ -244,9 +243,7 @@ class Driver(DeviceMemory):
             ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
             ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
             writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
-            pfns = pte_pfn(ptes[ready])
-            if table.map(addrs[ready], pfns, writable):
-                set_page_dirty(self.mem, pfns[writable])
+            if table.map(addrs[ready], pte_pfn(ptes[ready]), writable):
                 return ready
         return np.zeros_like(ready)
 

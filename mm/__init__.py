@@ -31,6 +31,7 @@ from mm.errors import (
     WouldBlock,
 )
 from mm.machine import Machine
+from mm.mem_cgroup import MemCgroup
 from mm.process import Process
 from mm.typing import PAGE_SIZE
 
@@ -47,6 +48,7 @@ __all__ = [
     "InvalidRange",
     "KernelBug",
     "Machine",
+    "MemCgroup",
     "Misplaced",
     "NoSuchNode",
     "NotMapped",

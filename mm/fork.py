@@ -22,6 +22,7 @@ from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.memcontrol import mem_cgroup_oom_synchronize
 from mm.memory import alloc_charged_pages
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
@@ -194,10 +195,11 @@ def _copy_pinned(dst: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
         new = alloc_charged_pages(dst, addrs, GFP_HIGHUSER_MOVABLE)
         if new.size < pfns.size:
             put_page(mem, new, cpu)
-            where = "the machine" if mm.memcg is None else f"{mm.memcg}"
+            mem_cgroup_oom_synchronize()
+            payer = "" if mm.memcg is None else f" for {mm.memcg}"
             raise OutOfMemory(
                 f"fork: {pfns.size} pages of {mm.name} are copied as they are pinned, and "
-                f"{where} has room for {new.size}; unpin or unmap something"
+                f"{new.size} frames are free{payer}; unpin or unmap something"
             )
         if mem.payload is not None:
             mem.payload[new] = mem.payload[pfns]

@@ -89,8 +89,12 @@ class Machine:
         if not 0 <= cpu < len(self.mem.cpu_to_node):
             raise InvalidArgument(f"cpu {cpu}: this machine has {len(self.mem.cpu_to_node)}")
         process = Process(self.mem, name, cpu)
-        if cgroup is not None:
-            process.move_to(cgroup)
+        try:
+            if cgroup is not None:
+                process.move_to(cgroup)
+        except BaseException:
+            process.exit()
+            raise
         return process
 
     def cgroup(self, path: str, limit: Size | None = None) -> MemCgroup:

@@ -132,6 +132,8 @@ def swapin(
             frames = new_frames(absent)
             pfns[absent], faults[absent] = read_swap_cache(mem, slots[absent], frames)
         read[absent] = pfns[absent] > 0
+        if some(pfns):  # once those are mapped, they may go to swap again for the others
+            faults[faults == VmFault.OOM] = VmFault.RETRY
     return SwappedIn(pfns, read, faults, busy)
 
 

@@ -270,6 +270,7 @@ class World:
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
         assert 0 == self.machine.mem.swap.inuse_pages
         assert {} == self.machine.mem.anon_vmas
+        assert all(0 == g.usage == g.swap_usage for g in self.machine.mem.memcgs.values())
 
 
 def mapped_range(  # noqa: PLR0913 - each a default that some test varies
