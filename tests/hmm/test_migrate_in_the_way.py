@@ -18,6 +18,7 @@ from tests.hmm.ranges import (
     kinds,
     reasons,
 )
+from tests.files import mapped_file
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 
@@ -159,9 +160,8 @@ class TestInTheWay:
 
     def test_holes_of_a_file(self):
         """What a file has not been read into is no hole; the private pages on it migrate."""
-        world = mapped_range(pages=3, filled=False)
+        world = mapped_file(pages=3, filled=False).private()
         world.process.write(world.at(1), b"x")
-        world.vma.vm_file = object()
 
         result = migrate(world)
 
