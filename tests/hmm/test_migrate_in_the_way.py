@@ -12,13 +12,13 @@ from mm import (
     PAGE_SIZE,
 )
 from mm.types import PAGE_MAPPING_ANON
+from tests.files import mapped_file
 from tests.hmm.callbacks import look_on, migrate
 from tests.hmm.ranges import (
     in_hand,
     kinds,
     reasons,
 )
-from tests.files import mapped_file
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 

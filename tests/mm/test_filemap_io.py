@@ -118,7 +118,7 @@ class TestWrite:
 class TestFault:
     def test_major_then_minor(self, world, on_disk):
         """Who waits for the disk takes a major fault; what is around it is mapped with the next."""
-        file, disk = on_disk
+        file, _disk = on_disk
         process = world.process
         addr = process.mmap(len(DATA), "r", file=file)
 

@@ -59,7 +59,7 @@ class TestPartialPages:
 class TestTruncate:
     def test_dirty_pages_are_lost(self, on_disk):
         """Nobody stores what is cut off."""
-        world, file, disk = on_disk
+        world, file, _disk = on_disk
         file.write(0, b"x" * len(DATA))
 
         file.truncate(PAGE_SIZE)
@@ -69,7 +69,7 @@ class TestTruncate:
 
     def test_shadows_go(self, on_disk):
         """Nothing is left in the cache of what is cut off."""
-        world, file, disk = on_disk
+        world, file, _disk = on_disk
         file.read(0, len(DATA))
         lru_add_drain_all(world.machine.mem)
         mapping = file.f_mapping
@@ -83,7 +83,7 @@ class TestTruncate:
 
     def test_mapped_here_and_there(self, on_disk):
         """All who map it lose it, at whatever offset they do."""
-        world, file, disk = on_disk
+        world, file, _disk = on_disk
         whole = world.process.mmap(len(DATA), "r", file=file)
         part = world.process.mmap(PAGE_SIZE, "r", file=file, offset=2 * PAGE_SIZE)
         assert DATA[8192:8200] == world.process.read(part, 8) == world.process.read(whole + 8192, 8)
@@ -103,9 +103,7 @@ class TestUnmap:
         assert b"\0" == world.process.read(other, 1)
 
         with Watch(world.process.mm) as watch:
-            unmap_mapping_range(
-                world.file.f_mapping, 2 * PAGE_SIZE, 3 * PAGE_SIZE, even_cows=False
-            )
+            unmap_mapping_range(world.file.f_mapping, 2 * PAGE_SIZE, 3 * PAGE_SIZE, even_cows=False)
 
         assert [True, True, False, True] == (world.ptes() != 0).tolist()
         assert [("clear", world.at(2), world.at(3))] == watch.heard
@@ -128,7 +126,7 @@ class TestInvalidate:
 
     def test_dirty_page_stays(self, on_disk):
         """It says that it did not get all."""
-        world, file, disk = on_disk
+        _world, file, _disk = on_disk
         file.write(0, b"new")
 
         assert not invalidate_inode_pages2_range(file.f_mapping, 0, EVERYTHING)
