@@ -12,6 +12,7 @@ from mm import (
     PAGE_SIZE,
 )
 from mm.types import PAGE_MAPPING_ANON
+from tests.files import mapped_file
 from tests.hmm.callbacks import look_on, migrate
 from tests.hmm.ranges import (
     in_hand,
@@ -159,10 +160,7 @@ class TestInTheWay:
 
     def test_holes_of_a_file(self):
         """What a file has not been read into is no hole; the private pages on it migrate."""
-        world = mapped_range(pages=3, filled=False)
-        with world.machine.memfd_create("data") as file:
-            file.truncate(3 * PAGE_SIZE)
-            world.process.mmap(3 * PAGE_SIZE, "rw", "file|private", file=file, addr=world.at(0))
+        world = mapped_file(pages=3, filled=False).private()
         world.process.write(world.at(1), b"x")
 
         result = migrate(world)
