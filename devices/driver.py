@@ -22,15 +22,14 @@ from mm.errors import (
     BusError,
     InvalidArgument,
     InvalidRange,
-    KernelBug,
     OutOfMemory,
     SegmentationFault,
 )
-from mm.gup import set_page_dirty
 from mm.highmem import copy_highpages, memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
 from mm.mmap import TASK_SIZE_MAX, find_vma
+from mm.page_cache import set_page_dirty
 from mm.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,
@@ -46,7 +45,7 @@ from mm.process import Process
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
-from mm.uaccess import access_error, page_range
+from mm.uaccess import access_error, page_range, served_in_vain
 from mm.vectors import every, has, pieces, places, some, stretches
 
 gpu_fault: Final = TracePoint("gpu_fault")
@@ -155,7 +154,7 @@ class Driver(DeviceMemory):
             rounds = 0 if now.size else rounds + 1
             rest = rest[~ready]
             if rest.size:
-                self._check_progress(rounds, addrs[rest])
+                self._check_progress(mm, rounds, addrs[rest])
                 frames, which = np.unique(addrs[rest] & ~(PAGE_SIZE - 1), return_inverse=True)
                 stores = np.zeros(frames.size, dtype=np.bool_)
                 np.logical_or.at(stores, which, write[rest])
@@ -192,7 +191,7 @@ class Driver(DeviceMemory):
                 if every(ready):
                     self._launch(kernel, arrays, target, used, addrs, pte_pfn(ptes))
                     return
-            self._check_progress(rounds, addrs[~ready])
+            self._check_progress(mm, rounds, addrs[~ready])
             # All must be there at once: what does not fit is reached where it is.
             self._fault_mm(mm, addrs[~ready], everywhere[~ready], evict=rounds == 0)
 
@@ -267,7 +266,7 @@ class Driver(DeviceMemory):
             left = addrs[write == stores]
             rounds = 0
             while left.size:
-                self._check_progress(rounds, left)
+                self._check_progress(table.mm, rounds, left)
                 rounds += 1
                 left = left[~self._map_system(table, left, stores)]
                 wanted = np.full(left.size, stores)
@@ -288,9 +287,7 @@ class Driver(DeviceMemory):
             ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
             ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
             writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
-            pfns = pte_pfn(ptes[ready])
-            if table.map(addrs[ready], pfns, writable):
-                set_page_dirty(self.mem, pfns[writable])
+            if table.map(addrs[ready], pte_pfn(ptes[ready]), writable):
                 return ready
         return np.zeros_like(ready)
 
@@ -302,9 +299,9 @@ class Driver(DeviceMemory):
                 raise OutOfMemory(f"{self.name}: no frame for the page at {addr:#x}")
             raise BusError(addr, f"{self.name}: the contents of the page at {addr:#x} are lost")
 
-    def _check_progress(self, rounds: int, addrs: Addresses) -> None:
+    def _check_progress(self, mm: MmStruct, rounds: int, addrs: Addresses) -> None:
         if rounds >= MAX_ROUNDS:
-            raise KernelBug(f"{self.name}: device fault at {addrs[0]:#x} is served in vain")
+            raise served_in_vain(mm, addrs.item(0), f"fault of {self.name}")
         if rounds > 1:
             cond_resched()
 
@@ -342,6 +339,7 @@ class Driver(DeviceMemory):
             loaded[which] = flat[at]
             stores = write[which]
             flat[at[stores]] = words[which[stores]]
+        set_page_dirty(self.mem, pfns[write[now]])
 
     def _stream(
         self,
@@ -364,12 +362,15 @@ class Driver(DeviceMemory):
                 ptes = table.lookup(near)
                 ready = has(ptes, need)
                 used = near.size if every(ready) else int(np.argmin(ready))
-                self._move_prefix(addr, near[:used], pte_pfn(ptes[:used]), move)
+                pfns = pte_pfn(ptes[:used])
+                self._move_prefix(addr, near[:used], pfns, move)
+                if write:
+                    set_page_dirty(self.mem, pfns)
             done += used
             rounds = 0 if used else rounds + 1
             if used < min(batch, near.size):
                 missing = near[:batch][~ready[:batch]]
-                self._check_progress(rounds, missing)
+                self._check_progress(mm, rounds, missing)
                 self._fault_mm(mm, missing, np.full(missing.size, write))
 
     def _move_prefix(
@@ -406,6 +407,7 @@ class Driver(DeviceMemory):
             views[target][...] = result
         for (_, frames), memory in zip(areas, contents, strict=True):
             self._scatter(memory, frames)
+        set_page_dirty(self.mem, pfns)
 
     def _gather(self, pfns: Pfns) -> Payload:
         """The contents of *pfns* in a row: a view where they lie so, else a copy."""

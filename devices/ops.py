@@ -30,10 +30,13 @@ class DeviceOps(Protocol):
     """
 
     def allocate(self, npages: int) -> Indices:
-        """Up to *npages* free pages; fewer, or none, when the device is full."""
+        """Up to *npages* free pages; fewer, or none, when the device is full.
+
+        Nobody else may do anything meanwhile, so it does not wait.
+        """
 
     def free(self, pages: Indices) -> None:
-        """*pages* are not used any more."""
+        """*pages* are not used any more. It does not wait either."""
 
     def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
         """Copy row rows[i] of *system* memory, uint8[n, 4096], to device page pages[i]."""

@@ -46,10 +46,17 @@ from hmm.migration import (
 from mm.anon_vma import anon_vma_prepare
 from mm.errors import OutOfMemory
 from mm.filemap import trylock_page, unlock_page
+from mm.gfp import GFP_KERNEL
 from mm.locking import preempt
-from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
+from mm.memcontrol import (
+    mem_cgroup_oom_synchronize,
+    mem_cgroup_try_charge,
+    mem_cgroup_uncharge,
+)
+from mm.memory import anon_entries, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.page_cache import page_in_cache
 from mm.page_flags import PG_lru, PG_swapcache, PG_uptodate
 from mm.pgtable import pte_none, pte_present, pte_special
 from mm.rmap import (
@@ -64,6 +71,7 @@ from mm.swap import (
     isolate_lru_page,
     lru_add_drain,
     lru_add_drain_all,
+    lru_cache_add_active,
     put_page,
     putback_lru_page,
 )
@@ -132,7 +140,7 @@ def _restore_pinned(migrate: Migration) -> None:
 
 
 def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
-    """True for pages without references but their mappings, the swap cache and the migration.
+    """True for pages without references but their mappings, a cache and the migration.
 
     A device-private page always passes: the CPU threads that wait for it hold references, and
     two of them would keep each other out for good. Unlike Linux v4.20, a device-public page
@@ -149,6 +157,8 @@ def _references_besides(mem: MemMap, pfns: Pfns) -> NDArray[np.int32]:
     """References to each page that are neither a mapping, nor ours, nor that of a free page."""
     which = rows(pfns)
     extra = mem.refcount[which] - mem.mapcount[which] - has(mem.flags[which], PG_swapcache)
+    if mem.mappings:
+        extra -= page_in_cache(mem, pfns)
     return extra - 1 - mem.is_zone_device_page(pfns)
 
 
@@ -249,7 +259,7 @@ def migrate_device_pages(migrate: Migration) -> None:
         migrate.drop(migrate.entries[has(words, MIGRATE_PFN_ERROR)], Stayed.LOST)
     anon = page_anon(mem, migrate.pfns)
     if not every(anon):
-        refused = moved & ~anon  # only the page cache can move its own
+        refused = ~anon & has(words, _CHOSEN)  # no device has pages of files, nor can it lose them
         migrate.drop(migrate.entries[refused], Stayed.REFUSED)
         moved &= ~refused
     if migrate.held.size:  # whoever held it may have stored to it after it was copied
@@ -281,6 +291,11 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
     except OutOfMemory:
         migrate.drop(holes, Stayed.NO_TABLE)
         return
+    if mem.memcgs:
+        may = _charge(migrate, holes, pfns)
+        holes, pfns, addrs, at = holes[may], pfns[may], addrs[may], at[may]
+        if not holes.size:
+            return
     with mmu_notifier_range(
         mm, addrs.item(0), migrate.end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner
     ):
@@ -298,6 +313,16 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
                 mem.tables.entries[at[kind]] = anon_entries(vma, mapped)
         lru_cache_add_active(mem, pfns[empty & ~mem.is_zone_device_page(pfns)])
     migrate.drop(holes[~empty], Stayed.RACED)
+    if mem.memcgs:
+        mem_cgroup_uncharge(mem, pfns[~empty])
+
+
+def _charge(migrate: MigrateVma, holes: Indices, pfns: Pfns) -> Mask:
+    """Charge the process's control group for *pfns*; the holes that it has no room for stay."""
+    may = mem_cgroup_try_charge(migrate.vma.vm_mm, pfns, GFP_KERNEL)
+    mem_cgroup_oom_synchronize()  # of those that stay the result tells
+    migrate.drop(holes[~may], Stayed.OVER_LIMIT)
+    return may
 
 
 # finalize

@@ -24,12 +24,14 @@ from mm.errors import (
     OutOfMemory,
     OutOfRange,
     Overflow,
+    PageHeld,
     PermissionDenied,
     SegmentationFault,
     TryAgain,
     WouldBlock,
 )
 from mm.machine import Machine
+from mm.mem_cgroup import MemCgroup
 from mm.process import Process
 from mm.typing import PAGE_SIZE
 
@@ -46,12 +48,14 @@ __all__ = [
     "InvalidRange",
     "KernelBug",
     "Machine",
+    "MemCgroup",
     "Misplaced",
     "NoSuchNode",
     "NotMapped",
     "OutOfMemory",
     "OutOfRange",
     "Overflow",
+    "PageHeld",
     "PermissionDenied",
     "Process",
     "SegmentationFault",

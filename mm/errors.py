@@ -24,6 +24,10 @@ class InvalidArgument(MmError):
     """EINVAL: a size, flag or object that the call cannot take."""
 
 
+class NoSuchCounter(InvalidArgument, KeyError):
+    """EINVAL: no counter has that name. Also the KeyError that a mapping answers with."""
+
+
 class InvalidRange(InvalidArgument):
     """EINVAL: a range that is empty, inverted, or outside what it must lie in."""
 
@@ -76,6 +80,30 @@ class InputOutputError(MmError):
     code = errno.EIO
 
 
+class BadFile(MmError):
+    """EBADF: a file that is closed, or open for something else."""
+
+    code = errno.EBADF
+
+
+class FileTooLarge(MmError):
+    """EFBIG: no file has bytes at that place."""
+
+    code = errno.EFBIG
+
+
+class NoSpace(MmError):
+    """ENOSPC: the file system has no room left."""
+
+    code = errno.ENOSPC
+
+
+class NotSupported(MmError):
+    """EOPNOTSUPP: that kind of file cannot do it."""
+
+    code = errno.EOPNOTSUPP
+
+
 class NoEntry(MmError):
     """ENOENT: what was asked for is not there."""
 
@@ -88,6 +116,10 @@ class Busy(MmError):
     code = errno.EBUSY
 
 
+class PageHeld(Busy):
+    """EBUSY: a page has to move, and somebody who does not let go of it holds a reference."""
+
+
 class WouldBlock(MmError):
     """EAGAIN: the call would have to wait, and was told not to."""
 
@@ -98,6 +130,12 @@ class Misplaced(MmError):
     """EIO: a page is on a node where the policy does not want it."""
 
     code = errno.EIO
+
+
+class NoDevice(MmError):
+    """ENODEV: that kind of file cannot be mapped."""
+
+    code = errno.ENODEV
 
 
 class NoSuchNode(MmError):
@@ -123,13 +161,14 @@ class SegmentationFault(MmError):
 
 
 class BusError(MmError):
-    """EFAULT: the mapping is there, its contents are lost (SIGBUS)."""
+    """EFAULT: the mapping is there, its contents are not (SIGBUS); *poisoned*: lost for good."""
 
     code = errno.EFAULT
 
-    def __init__(self, address: int, message: str) -> None:
+    def __init__(self, address: int, message: str, *, poisoned: bool = True) -> None:
         super().__init__(message)
         self.address = address
+        self.poisoned = poisoned
 
 
 class HwPoison(MmError):

@@ -16,6 +16,7 @@ import numpy as np
 
 from mm.errors import KernelBug
 from mm.locking import current, preempt
+from mm.memcontrol import mem_cgroup_uncharge
 from mm.memremap import FREE_REFCOUNT, free_zone_device_page
 from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
 from mm.page_alloc import free_pages_bulk
@@ -39,6 +40,8 @@ _OFF_LISTS: Final = word(~(PG_lru | PG_active | PG_unevictable))
 _NOT_LRU: Final = word(~PG_lru)
 _NOT_ACTIVE: Final = word(~PG_active)
 _EVICTABLE: Final = word(~PG_unevictable)
+_UNREFERENCED: Final = word(~PG_referenced)
+_ACTIVE_OR_UNEVICTABLE: Final = word(PG_active | PG_unevictable)
 _MLOCKED_OR_UNEVICTABLE: Final = word(PG_mlocked | PG_unevictable)
 _INACTIVE: Final = word(~(PG_active | PG_referenced))
 _LAZYFREE: Final = word(~(PG_active | PG_referenced | PG_swapbacked))
@@ -82,6 +85,8 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0, *, refs: int = 1) -> None:
         unused = np.sort(unused)
         if some(unused[1:] == unused[:-1]):
             unused = np.unique(unused)
+    if mem.memcgs:
+        mem_cgroup_uncharge(mem, unused)
     system = unused.size
     if unused.item(-1) >= mem.max_pfn:
         system = int(unused.searchsorted(mem.max_pfn))
@@ -140,6 +145,28 @@ def lru_cache_add(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Put *pfns* in the CPU's pagevec, on their way to a list. Linux: lru_cache_add()."""
     get_page(mem, pfns)
     _pagevec_add(mem, pfns, cpu)
+
+
+def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """Put fresh *pfns* on the active list. Linux: lru_cache_add_active_or_unevictable()."""
+    with mem.locks.atomic:
+        mem.flags[pfns] |= PG_active
+    lru_cache_add(mem, pfns, cpu)
+
+
+def mark_page_accessed(mem: MemMap, pfns: Pfns) -> None:
+    """Note a use of *pfns* (distinct) that no page-table entry tells of; the second activates.
+
+    Linux: mark_page_accessed(), mm/swap.c.
+    """
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        again = has(flags, PG_referenced) & ~has(flags, _ACTIVE_OR_UNEVICTABLE)
+        moves = pfns[again & has(flags, PG_lru)]
+        relist_pages(mem, moves, mem.flags[moves] | PG_active)
+        mem.flags[pfns[again]] = (flags[again] | PG_active) & _UNREFERENCED
+        mem.flags[pfns[~again]] |= PG_referenced
+    mem.vmstat.add("pgactivate", moves.size)
 
 
 def _pagevec_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
@@ -249,12 +276,17 @@ def _live(mem: MemMap, lru: LruList, start: int, stop: int) -> Pfns:
     return log[(mem.lru_stamp[log] == stamps) & (has(mem.flags[log], PG_lru))]
 
 
-def isolate_lru_pages(mem: MemMap, lru: LruList, count: int) -> Pfns:
+def isolate_lru_pages(mem: MemMap, lru: LruList, count: int, among: Mask | None = None) -> Pfns:
     """Take the *count* oldest pages off *lru*, with a reference each; oldest first.
 
+    among: of those control groups alone, by number; what is others' keeps its place.
     Linux: isolate_lru_pages(), mm/vmscan.c.
     """
     with mem.locks.atomic:
+        if among is not None:
+            oldest = lru_pages(mem, lru)
+            oldest = oldest[among[mem.memcg[oldest]]][:count]
+            return oldest[_isolate(mem, oldest)]
         parts = []
         while count > 0 and lru.first < lru.size:
             stop = min(lru.first + count, lru.size)

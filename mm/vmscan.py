@@ -3,6 +3,7 @@
     who asks        try_to_free_pages   an allocation that found nothing (direct reclaim)
                     balance_pgdat       one that found little (kswapd), up to the high watermarks
                     reclaim_pages       a process, for pages of its own (MADV_PAGEOUT)
+                    try_to_free_mem_cgroup_pages    a control group that is full, for its own
     which pages     shrink_node         some of each LRU list, more of it in each round
                     shrink_active_list  the oldest active pages become inactive
     how they go     shrink_page_list    lock, look whether they are used, give a slot, unmap, write,
@@ -25,8 +26,11 @@ from numpy.typing import NDArray
 
 from mm.filemap import trylock_page, unlock_page
 from mm.locking import preempt
+from mm.mem_cgroup import MemCgroup, mem_cgroup_tree
+from mm.memcontrol import mem_cgroup_get_nr_swap_pages, mem_cgroup_swap_full
 from mm.mmzone import Lru, Node
 from mm.page_alloc import MAX_RECLAIM_RETRIES, drain_all_pages
+from mm.page_cache import by_mapping, delete_from_page_cache, page_in_cache
 from mm.page_flags import (
     PG_active,
     PG_dirty,
@@ -42,15 +46,16 @@ from mm.swap import (
     isolate_lru_page,
     isolate_lru_pages,
     lru_add_drain_all,
+    lru_pages,
     move_pages_to_lru,
     page_maybe_dma_pinned,
     put_page,
 )
-from mm.swap_slots import nr_swap_pages, vm_swap_full
+from mm.swap_slots import vm_swap_full
 from mm.swap_state import add_to_swap, delete_from_swap_cache
 from mm.swapfile import free_swap_cache, try_to_free_swap
 from mm.trace import TracePoint
-from mm.types import MemMap
+from mm.types import MemMap, page_anon
 from mm.typing import PAGE_SHIFT, Mask, Pfns, word
 from mm.vectors import every, has, places, some, unique
 from mm.workingset import workingset_eviction
@@ -73,9 +78,11 @@ class ScanControl:
     """What a run of reclaim is to do, and has done. Linux: struct scan_control, mm/vmscan.c."""
 
     nr_to_reclaim: int
-    who: str  # "kswapd" or "direct", which counts
+    who: str  # "kswapd" or "direct", which counts; "" counts nothing
     priority: int = DEF_PRIORITY
     nr_reclaimed: int = 0
+    memcg: MemCgroup | None = None  # the control group whose pages it is about; None: anybody's
+    among: Mask | None = None  # True at the numbers of that group and those in it
 
     @property
     def missing(self) -> int:
@@ -88,6 +95,7 @@ def kswapd_init(mem: MemMap) -> None:
     for node in mem.nodes:
         node.reclaim = partial(try_to_free_pages, mem)
         node.kswapd = partial(balance_pgdat, mem, node)
+    mem.memcg_reclaim = partial(try_to_free_mem_cgroup_pages, mem)
 
 
 def try_to_free_pages(mem: MemMap, nids: list[int], wanted: int) -> int:
@@ -100,6 +108,22 @@ def try_to_free_pages(mem: MemMap, nids: list[int], wanted: int) -> int:
     for sc.priority in range(DEF_PRIORITY, -1, -1):
         for nid in nids:
             shrink_node(mem, mem.nodes[nid], sc)
+        if sc.missing <= 0:
+            break
+    return sc.nr_reclaimed
+
+
+def try_to_free_mem_cgroup_pages(mem: MemMap, memcg: MemCgroup, wanted: int) -> int:
+    """Reclaim *wanted* pages, or a few more, of *memcg* and the groups in it; how many it were.
+
+    Linux: try_to_free_mem_cgroup_pages(), mm/vmscan.c.
+    """
+    sc = ScanControl(max(wanted, SWAP_CLUSTER_MAX), "", memcg=memcg, among=mem_cgroup_tree(memcg))
+    lru_add_drain_all(mem)
+    # The rounds before would find that no list has so many pages.
+    for sc.priority in range(min(DEF_PRIORITY, memcg.memory.usage.bit_length()), -1, -1):
+        for node in mem.nodes:
+            shrink_node(mem, node, sc)
         if sc.missing <= 0:
             break
     return sc.nr_reclaimed
@@ -163,8 +187,8 @@ def shrink_node(mem: MemMap, node: Node, sc: ScanControl) -> None:
             if batch:
                 nr[lru] -= batch
                 shrink_list(mem, node, lru, batch, sc)
-    if inactive_list_is_low(mem, node, Lru.INACTIVE_ANON):
-        shrink_active_list(mem, node, Lru.ACTIVE_ANON, SWAP_CLUSTER_MAX)
+    if inactive_list_is_low(mem, node, Lru.INACTIVE_ANON, sc.among):
+        shrink_active_list(mem, node, Lru.ACTIVE_ANON, SWAP_CLUSTER_MAX, sc.among)
     if sc.nr_reclaimed > before:
         node.kswapd_failures = 0
 
@@ -175,26 +199,37 @@ def get_scan_count(mem: MemMap, node: Node, sc: ScanControl) -> NDArray[np.int64
     Anonymous pages are left alone while no slot is free, and while the inactive pages of files
     (those that MADV_FREE gave up, so far) are many. Linux: get_scan_count(), mm/vmscan.c.
     """
-    sizes = np.array([node.lruvec[lru].nr_pages for lru in Lru])
+    sizes = np.array([lruvec_lru_size(mem, node, lru, sc.among) for lru in Lru])
     nr = sizes >> sc.priority
     nr[Lru.UNEVICTABLE] = 0
-    if not nr_swap_pages(mem.swap) or (
-        nr[Lru.INACTIVE_FILE] and not inactive_list_is_low(mem, node, Lru.INACTIVE_FILE)
+    if not mem_cgroup_get_nr_swap_pages(mem, sc.memcg) or (
+        nr[Lru.INACTIVE_FILE] and not inactive_list_is_low(mem, node, Lru.INACTIVE_FILE, sc.among)
     ):
         nr[[Lru.INACTIVE_ANON, Lru.ACTIVE_ANON]] = 0
     return nr
 
 
+def lruvec_lru_size(mem: MemMap, node: Node, lru: Lru, among: Mask | None = None) -> int:
+    """Pages on a list: all, or those of the control groups *among*.
+
+    The groups of a node have their lists in common, unlike in Linux.
+    Linux: lruvec_lru_size(), mm/vmscan.c.
+    """
+    if among is None:
+        return node.lruvec[lru].nr_pages
+    return int(np.count_nonzero(among[mem.memcg[lru_pages(mem, node.lruvec[lru])]]))
+
+
 def shrink_list(mem: MemMap, node: Node, lru: Lru, nr_to_scan: int, sc: ScanControl) -> None:
     """Scan the oldest *nr_to_scan* pages of one list. Linux: shrink_list(), mm/vmscan.c."""
     if lru in (Lru.ACTIVE_ANON, Lru.ACTIVE_FILE):
-        if inactive_list_is_low(mem, node, Lru(lru - 1)):
-            shrink_active_list(mem, node, lru, nr_to_scan)
+        if inactive_list_is_low(mem, node, Lru(lru - 1), sc.among):
+            shrink_active_list(mem, node, lru, nr_to_scan, sc.among)
         return
     shrink_inactive_list(mem, node, lru, nr_to_scan, sc)
 
 
-def inactive_list_is_low(mem: MemMap, node: Node, inactive: Lru) -> bool:
+def inactive_list_is_low(mem: MemMap, node: Node, inactive: Lru, among: Mask | None = None) -> bool:
     """True where the active list is too long for the *inactive* one before it.
 
     The larger they are, the smaller a share has to be inactive: half of 1 GiB, a quarter of 10.
@@ -202,18 +237,20 @@ def inactive_list_is_low(mem: MemMap, node: Node, inactive: Lru) -> bool:
     """
     if inactive == Lru.INACTIVE_ANON and not mem.swap.pages:
         return False
-    few, many = node.lruvec[inactive].nr_pages, node.lruvec[inactive + 1].nr_pages
+    few, many = (lruvec_lru_size(mem, node, Lru(lru), among) for lru in (inactive, inactive + 1))
     gigabytes = (few + many) >> (30 - PAGE_SHIFT)
     return few * (isqrt(10 * gigabytes) or 1) < many
 
 
-def shrink_active_list(mem: MemMap, node: Node, lru: Lru, nr_to_scan: int) -> None:
+def shrink_active_list(
+    mem: MemMap, node: Node, lru: Lru, nr_to_scan: int, among: Mask | None = None
+) -> None:
     """Move the oldest *nr_to_scan* pages of *lru* to its inactive list, as if never used.
 
     Linux: shrink_active_list(), mm/vmscan.c.
     """
     preempt("shrink_active_list")
-    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan)
+    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan, among)
     page_referenced(mem, pfns)
     with mem.locks.atomic:
         mem.flags[pfns] = mem.flags[pfns] & _INACTIVE | PG_workingset
@@ -229,11 +266,12 @@ def shrink_inactive_list(
     Linux: shrink_inactive_list(), mm/vmscan.c.
     """
     preempt("shrink_inactive_list")
-    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan)
+    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan, sc.among)
     nr_reclaimed = shrink_page_list(mem, pfns)
     sc.nr_reclaimed += nr_reclaimed
-    mem.vmstat.add(f"pgscan_{sc.who}", pfns.size)
-    mem.vmstat.add(f"pgsteal_{sc.who}", nr_reclaimed)
+    if sc.who:
+        mem.vmstat.add(f"pgscan_{sc.who}", pfns.size)
+        mem.vmstat.add(f"pgsteal_{sc.who}", nr_reclaimed)
     if mm_vmscan_lru_shrink_inactive:
         mm_vmscan_lru_shrink_inactive(
             nid=node.nid, nr_scanned=pfns.size, nr_reclaimed=nr_reclaimed, priority=sc.priority
@@ -275,6 +313,8 @@ def _activate(mem: MemMap, pfns: Pfns) -> None:
         return
     if vm_swap_full(mem.swap):
         try_to_free_swap(mem, pfns)
+    elif mem.memcgs:
+        try_to_free_swap(mem, pfns[mem_cgroup_swap_full(mem, pfns)])
     with mem.locks.atomic:
         mem.flags[pfns] |= PG_active
     mem.vmstat.add("pgactivate", pfns.size)
@@ -306,6 +346,8 @@ def _with_a_slot(mem: MemMap, pfns: Pfns) -> Pfns:
     """Go on with what has its place in swap, or needs none; what is pinned stays as it is."""
     flags = mem.flags[pfns]
     homeless = has(flags, PG_swapbacked) & ~has(flags, PG_swapcache)
+    if mem.mappings:
+        homeless &= page_anon(mem, pfns)
     if not some(homeless):
         return pfns
     pinned = homeless & page_maybe_dma_pinned(mem, pfns)
@@ -326,6 +368,8 @@ def pageout(mem: MemMap, pfns: Pfns) -> Pfns:
     What others hold is not written, as they may change it still; it stays dirty, in the swap
     cache. A page whose write fails stays as well, active. Linux: pageout(), mm/vmscan.c.
     """
+    if mem.mappings:
+        pfns = _write_files(mem, pfns)
     dirty = has(mem.flags[pfns], PG_dirty) & has(mem.flags[pfns], PG_swapcache)
     if not some(dirty):
         return pfns
@@ -339,8 +383,26 @@ def pageout(mem: MemMap, pfns: Pfns) -> Pfns:
     return pfns[may]
 
 
+def _write_files(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Let files write what is dirty of their *pfns*; go on with the others, and what was written.
+
+    What somebody else holds stays. Linux: pageout() of a page with a mapping, mm/vmscan.c.
+    """
+    dirty = has(mem.flags[pfns], PG_dirty) & page_in_cache(mem, pfns)
+    if not some(dirty):
+        return pfns
+    may = ~dirty
+    freeable = places(dirty & (mem.refcount[pfns] == 2))  # the cache's and ours
+    for mapping, mine in by_mapping(mem, pfns[freeable]):
+        if mapping.a_ops.writepage is not None:
+            written = mapping.a_ops.writepage(mapping, mine)
+            may[np.isin(pfns, mine[written])] = True
+            _activate(mem, mine[~written])
+    return pfns[may]
+
+
 def remove_mapping(mem: MemMap, pfns: Pfns) -> Pfns:
-    """Take *pfns* (locked, unmapped) out of the swap cache; those that only the caller holds now.
+    """Take *pfns* (locked, unmapped) out of their caches; those that only the caller holds now.
 
     A page that somebody else has found or changed meanwhile stays.
     Linux: __remove_mapping(), mm/vmscan.c.
@@ -348,10 +410,21 @@ def remove_mapping(mem: MemMap, pfns: Pfns) -> Pfns:
     with mem.locks.atomic:
         flags = mem.flags[pfns]
         cached = has(flags, PG_swapcache)
-        ours = mem.refcount[pfns] == 1 + cached
-        ours &= ~(cached & has(flags, PG_dirty))
+        filed = page_in_cache(mem, pfns) if mem.mappings else np.zeros_like(cached)
+        ours = mem.refcount[pfns] == 1 + (cached | filed)
+        ours &= ~((cached | filed) & has(flags, PG_dirty))
         leaving = pfns[ours & cached]
         delete_from_swap_cache(mem, leaving, workingset_eviction(mem, leaving))
-        lazyfree = ours & ~cached & ~has(flags, PG_swapbacked)
+        _leave_page_cache(mem, pfns[ours & filed])
+        lazyfree = ours & ~cached & ~filed & ~has(flags, PG_swapbacked)
     mem.vmstat.add("pglazyfreed", int(np.count_nonzero(lazyfree)))
     return pfns[ours]
+
+
+def _leave_page_cache(mem: MemMap, pfns: Pfns) -> None:
+    """Take clean *pfns* out of the page cache; a file on disk keeps shadows of its own."""
+    if pfns.size:
+        swapbacked = has(mem.flags[pfns], PG_swapbacked)
+        delete_from_page_cache(mem, pfns[swapbacked])
+        filed = pfns[~swapbacked]
+        delete_from_page_cache(mem, filed, workingset_eviction(mem, filed))

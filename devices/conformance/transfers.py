@@ -138,7 +138,7 @@ def no_frames(opener: Opener) -> str:
     """When the system has no frame for a page that shall come back, it stays on the device."""
     scene = Scene(opener, "256KiB", nodes=("2MiB",))
     area, hog = scene.area_on_device(32), scene.machine.spawn("hog")
-    taken = hog.mmap("4MiB")
+    taken = hog.mmap("4MiB", flags="anon|private|noreserve")
     with suppress(OutOfMemory):
         hog.touch(taken, "4MiB")
     back = scene.gpu.to_system(area.process, area.addr, area.nbytes)

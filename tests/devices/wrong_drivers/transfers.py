@@ -17,10 +17,10 @@ class TakesEveryOtherPage(NumpyDevice):
 
     breaks, evidence = "willing", "20 of 40 pages went to the device; .*'not_chosen': 20"
 
-    def _copy_to_device(self, src, dst):
+    def _copy_to_device(self, mm, src, dst):
         half = src.copy()
         half[::2] &= ~MIGRATE_PFN_MIGRATE
-        super()._copy_to_device(half, dst)
+        super()._copy_to_device(mm, half, dst)
 
 
 class KeepsPages(NumpyDevice):
@@ -63,8 +63,8 @@ class ShiftsAroundHoles(NumpyDevice):
 
     breaks, evidence = "contents", "after 1 pages|after .* pages moved there and back"
 
-    def _copy_to_device(self, src, dst):
-        super()._copy_to_device(src, dst)
+    def _copy_to_device(self, mm, src, dst):
+        super()._copy_to_device(mm, src, dst)
         given = is_valid(dst) & is_migrating(src)
         full = given & is_valid(src)
         if self.memory is not None and full.sum() < given.sum() > 8:
@@ -86,8 +86,8 @@ class RaisesWhenShort(NumpyDevice):
 
     breaks, evidence = "partial", "OutOfMemory: 10 pages are missing"
 
-    def _copy_to_device(self, src, dst):
-        super()._copy_to_device(src, dst)
+    def _copy_to_device(self, mm, src, dst):
+        super()._copy_to_device(mm, src, dst)
         missing = np.count_nonzero(is_migrating(src) & ~is_valid(dst))
         if missing == 10:
             raise OutOfMemory(f"{missing} pages are missing")
@@ -108,9 +108,9 @@ class SwallowsErrors(NumpyDevice):
 
     breaks, evidence = "failing-copy", r"copy_in failed \(raise\), and nobody heard of it"
 
-    def _copy_to_device(self, src, dst):
+    def _copy_to_device(self, mm, src, dst):
         with suppress(DeviceError):
-            super()._copy_to_device(src, dst)
+            super()._copy_to_device(mm, src, dst)
 
 
 class HandsOverJunk(NumpyDevice):
