@@ -18,7 +18,7 @@ from mm import PAGE_SIZE, BusError, InvalidArgument
 from mm.errors import MmError
 from mm.pgtable import pte_offset, pte_pfn, pte_present
 from mm.swapops import is_device_private_entry, swp_offset
-from tests.world import in_step, mapped_range
+from tests.world import ended_worlds, in_step, mapped_range
 
 PAGES = 24
 PLACES = [(op, how) for op, ways in HOW.items() for how in ways]
@@ -84,6 +84,12 @@ class Memory:
         if len(self.holds) < 3:
             parent = self.processes[0]
             self.holds[parent.fork("child")] = list(self.holds[parent])
+
+    def play(self, steps):
+        """Do all of *steps*, and look after each."""
+        for name, *args in steps:
+            getattr(self, name)(*args)
+            self.check()
 
     def check(self):
         """Nothing leaks, and each page in device memory is in use there, once."""
@@ -154,14 +160,15 @@ class TestEveryPlace:
         calls = calls_of_everything()[op]
         assert calls >= 2
         for number in range(1, calls + 1):
-            memory = Memory(**{op: {"fail_at": number, "how": how, "delay": 0}})
-            everything(memory)
+            with ended_worlds():
+                memory = Memory(**{op: {"fail_at": number, "how": how, "delay": 0}})
+                everything(memory)
 
-            lost = memory.end()
+                lost = memory.end()
 
-            assert 1 == len(memory.gpu.injected)
-            assert (lost > 0) == (how == "lose")
-            assert how in ("raise", "torn", "lose") or not memory.failed
+                assert 1 == len(memory.gpu.injected)
+                assert (lost > 0) == (how == "lose")
+                assert how in ("raise", "torn", "lose") or not memory.failed
 
     @pytest.mark.parametrize("op", HOW)
     def test_all_calls_fail(self, op):
@@ -175,12 +182,13 @@ class TestEveryPlace:
         """Whenever a device is lost, what it held answers with BusError; the rest is intact."""
         calls = sum(calls_of_everything()[op] for op in HOW)
         for number in range(1, calls + 1):
-            memory = Memory(lost_at=number)
-            everything(memory)
+            with ended_worlds():
+                memory = Memory(lost_at=number)
+                everything(memory)
 
-            held = len(set(memory.world.pfns()[memory.world.on_device()]))
-            assert held <= memory.end() <= 2 * 16
-            memory.gpu.close()
+                held = len(set(memory.world.pfns()[memory.world.on_device()]))
+                assert held <= memory.end() <= 2 * 16
+                memory.gpu.close()
 
 
 FAULTS = st.fixed_dictionaries(
@@ -221,24 +229,22 @@ class TestSchedules:
     @given(faults=FAULTS, steps=STEPS, seed=st.integers(0, 99))
     def test_nothing_is_lost(self, faults, steps, seed):
         """Whatever fails, however often: all data is in one place afterwards, and readable."""
-        memory = Memory(seed=seed, **faults)
-        for name, *args in steps:
-            getattr(memory, name)(*args)
-            memory.check()
+        with ended_worlds():
+            memory = Memory(seed=seed, **faults)
+            memory.play(steps)
 
-        assert 0 == memory.end()
+            assert 0 == memory.end()
 
     @given(steps=STEPS, lost_at=st.integers(1, 30))
     def test_device_lost(self, steps, lost_at):
         """A device that is lost takes with it what it held, and nothing else."""
-        memory = Memory(lost_at=lost_at)
-        for name, *args in steps:
-            getattr(memory, name)(*args)
-            memory.check()
+        with ended_worlds():
+            memory = Memory(lost_at=lost_at)
+            memory.play(steps)
 
-        lost = memory.end()
+            lost = memory.end()
 
-        assert memory.gpu.lost or not lost
+            assert memory.gpu.lost or not lost
 
 
 class TestFaulty:
