@@ -70,6 +70,7 @@ from mm.swap import (
 from mm.trace import TracePoint
 from mm.types import MemMap, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
+from mm.userfaultfd_k import userfaultfd_missing
 from mm.vectors import distinct, every, has, parted, places, rows, some
 
 _CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
@@ -280,6 +281,9 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
         at = pte_offset_alloc(mm, addrs)
     except OutOfMemory:
         migrate.drop(holes, Stayed.NO_TABLE)
+        return
+    if userfaultfd_missing(vma):  # they are userland's to fill
+        migrate.drop(holes, Stayed.USERFAULT)
         return
     with mmu_notifier_range(
         mm, addrs.item(0), migrate.end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner

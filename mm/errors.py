@@ -46,6 +46,14 @@ class TryAgain(MmError):
     code = errno.EAGAIN
 
 
+class PartlyCopied(TryAgain):
+    """EAGAIN: `copied` bytes are there, and what comes next could not be had."""
+
+    def __init__(self, copied: int, message: str) -> None:
+        super().__init__(message)
+        self.copied = copied
+
+
 class OutOfRange(MmError):
     """ERANGE: physical address space has no hole of that size."""
 
@@ -92,6 +100,24 @@ class WouldBlock(MmError):
     """EAGAIN: the call would have to wait, and was told not to."""
 
     code = errno.EAGAIN
+
+
+class TimedOut(MmError):
+    """ETIMEDOUT: userland did not answer for a fault that it has to serve."""
+
+    code = errno.ETIMEDOUT
+
+
+class Exists(MmError):
+    """EEXIST: a page is there already."""
+
+    code = errno.EEXIST
+
+
+class NoSuchProcess(MmError):
+    """ESRCH: the process has exited."""
+
+    code = errno.ESRCH
 
 
 class Misplaced(MmError):

@@ -28,6 +28,7 @@ from mm.pgtable import (
 )
 from mm.types import VM_EXEC, VM_FAULT_ERROR, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, word
+from mm.userfaultfd_k import Userfault, userfault
 from mm.vectors import every, places
 
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
@@ -46,16 +47,24 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> No
 
     *use* is called for stretches of *addrs* in order, with accessed and dirty bits set, and runs
     under the page-table lock. Where an address cannot be reached, those before it are used, then
-    SegmentationFault, BusError or OutOfMemory is raised.
+    SegmentationFault, BusError or OutOfMemory is raised; or userland is asked, and TimedOut raised
+    if it does not answer.
     """
-    done, block, retries = 0, BLOCK, 0
+    done, block, step, retries = 0, BLOCK, BLOCK, 0
     limit, failure = addrs.size, None
-    while done < limit:
+    while done < limit or failure is not None:
+        if failure is not None and done == limit:
+            if not isinstance(failure, Userfault):
+                raise failure
+            failure.wait()
+            limit, failure = addrs.size, None
+            block = step = 1  # more page by page, unless userland has brought more
         near = addrs[done : min(done + block, limit)]
         used, missing = _use_ready(mm, near, done, use, write=write)
         done += used
         if used:
-            block, retries = BLOCK, 0
+            step = min(2 * step, BLOCK)
+            block, retries = step, 0
         if missing.size:
             failed_at, error = _fault_in(mm, missing, write=write)
             if error is not None:
@@ -67,8 +76,6 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> No
                     cond_resched()
             if retries > MAX_RETRIES:
                 raise KernelBug(f"{mm.name}: page fault at {missing[0]:#x} is served in vain")
-    if failure is not None:
-        raise failure
 
 
 def _use_ready(
@@ -92,7 +99,9 @@ def _use_ready(
     return used, addrs[~ready]
 
 
-def _fault_in(mm: MmStruct, addrs: Addresses, *, write: bool) -> tuple[int, MmError | None]:
+def _fault_in(
+    mm: MmStruct, addrs: Addresses, *, write: bool
+) -> tuple[int, MmError | Userfault | None]:
     """Serve faults at *addrs* until one fails; that address and the error, or 0 and None."""
     done = 0
     with mm.mmap_sem.read():
@@ -106,8 +115,9 @@ def _fault_in(mm: MmStruct, addrs: Addresses, *, write: bool) -> tuple[int, MmEr
             faults = handle_mm_fault(vma, here, write=write)
             failed = places(faults & VM_FAULT_ERROR)
             if failed.size:
-                addr = here.item(failed[0])
-                return addr, mm_fault_error(mm, addr, VmFault(faults.item(failed[0])))
+                addr, fault = here.item(failed[0]), VmFault(faults.item(failed[0]))
+                asked = userfault(vma, addr, fault, write=write)
+                return addr, asked or mm_fault_error(mm, addr, fault)
             done += here.size
     return 0, None
 
@@ -142,6 +152,11 @@ def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
         )
     if fault & VmFault.SIGSEGV:
         return SegmentationFault(addr, f"{mm.name}: the fault handler refused {addr:#x}")
+    vma = find_vma(mm, addr)
+    if vma is not None and vma.vm_userfaultfd_ctx is not None and not fault & VmFault.HWPOISON:
+        return BusError(
+            addr, f"{mm.name}: {addr:#x} is userland's to serve, and nobody waits for it"
+        )
     return BusError(addr, f"{mm.name}: the contents of the page at {addr:#x} are lost")
 
 

@@ -18,7 +18,10 @@ OURS = {
             "verify check_zones check_free_pages check_counts check_flags check_mlocked check_lru "
             "check_swap"
         ),
-        "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
+        "debug_mm": (
+            "check_entries check_anon_vmas check_vmas check_notifiers check_userfaultfds "
+            "check_tables"
+        ),
         "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
