@@ -13,25 +13,32 @@ from mm.errors import (
     Busy,
     Deadlock,
     DriverBug,
+    Exists,
     HwPoison,
     InputOutputError,
     InvalidArgument,
     InvalidRange,
     KernelBug,
     Misplaced,
+    NoEntry,
     NoSuchNode,
+    NoSuchProcess,
     NotMapped,
     OutOfMemory,
     OutOfRange,
     Overflow,
+    PartlyCopied,
     PermissionDenied,
     SegmentationFault,
+    TimedOut,
     TryAgain,
     WouldBlock,
 )
 from mm.machine import Machine
 from mm.process import Process
 from mm.typing import PAGE_SIZE
+from mm.userfaultfd import UserfaultFd
+from mm.userfaultfd_k import UffdEvent, UffdMsg
 
 __all__ = [
     "PAGE_SIZE",
@@ -40,6 +47,7 @@ __all__ = [
     "Busy",
     "Deadlock",
     "DriverBug",
+    "Exists",
     "HwPoison",
     "InputOutputError",
     "InvalidArgument",
@@ -47,14 +55,21 @@ __all__ = [
     "KernelBug",
     "Machine",
     "Misplaced",
+    "NoEntry",
     "NoSuchNode",
+    "NoSuchProcess",
     "NotMapped",
     "OutOfMemory",
     "OutOfRange",
     "Overflow",
+    "PartlyCopied",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "TimedOut",
     "TryAgain",
+    "UffdEvent",
+    "UffdMsg",
+    "UserfaultFd",
     "WouldBlock",
 ]
