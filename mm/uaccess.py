@@ -63,7 +63,8 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> No
         used, missing = _use_ready(mm, near, done, use, write=write)
         done += used
         if used:
-            step = min(2 * step, BLOCK)
+            if step < BLOCK:
+                step *= 2
             block, retries = step, 0
         if missing.size:
             failed_at, error = _fault_in(mm, missing, write=write)
