@@ -71,7 +71,8 @@ class Stayed(IntEnum):
     LOST = 10  # the driver lost the contents (MIGRATE_PFN_ERROR)
     ABORTED = 11  # a callback raised
     NO_TABLE = 12  # a hole for which no page table was to be had
-    USERFAULT = 13  # a hole that is userland's to fill (userfaultfd)
+    OVER_LIMIT = 13  # a hole whose process's control group may have no more pages
+    USERFAULT = 14  # a hole that is userland's to fill (userfaultfd)
 
     @property
     def errno(self) -> int:
@@ -93,6 +94,7 @@ _ERRNO: Final = {
     Stayed.LOST: -errno.EIO,
     Stayed.ABORTED: -errno.ECANCELED,
     Stayed.NO_TABLE: -errno.ENOMEM,
+    Stayed.OVER_LIMIT: -errno.ENOMEM,
     Stayed.USERFAULT: -errno.EBUSY,
 }
 STAYED_ERRNO: Final = np.array([_ERRNO[reason] for reason in Stayed], dtype=np.int32)

@@ -38,9 +38,9 @@ from mm.errors import (
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import memcpy_to_pages
 from mm.locking import current
-from mm.memory import lru_cache_add_active, pte_offset_alloc
+from mm.memcontrol import mem_cgroup_oom_synchronize
+from mm.memory import alloc_charged_pages, lru_cache_add_active, pte_offset_alloc
 from mm.memparse import Size, memparse
-from mm.mempolicy import alloc_pages_vma
 from mm.mmap import MMAP_MIN_ADDR, TASK_SIZE_MAX, find_vma, vmas_in
 from mm.mprotect import MM_CP_UFFD_WP, MM_CP_UFFD_WP_RESOLVE, change_protection
 from mm.page_flags import PG_uptodate
@@ -350,7 +350,7 @@ def mfill_atomic_copy(
     anon_vma_prepare(vma)
     at = pte_offset_alloc(mm, addrs)
     wanted = _leading(pte_none_mostly(mem.tables.entries[at]))
-    pfns = alloc_pages_vma(vma, addrs[:wanted], GFP_HIGHUSER_MOVABLE)
+    pfns = alloc_charged_pages(vma, addrs[:wanted], GFP_HIGHUSER_MOVABLE)
     memcpy_to_pages(payload, pfns, 0, raw[: pfns.size << PAGE_SHIFT])
     with mm.page_table_lock:
         count = _leading(pte_none_mostly(mem.tables.entries[at[: pfns.size]]))
@@ -363,8 +363,10 @@ def mfill_atomic_copy(
     lru_cache_add_active(mem, mapped, cpu)
     put_page(mem, pfns[count:], cpu)  # another thread was first
     if count == pfns.size < wanted:
-        addr = addrs.item(count)
-        return count << PAGE_SHIFT, OutOfMemory(f"userfaultfd: no frame for the page at {addr:#x}")
+        addr, memcg = addrs.item(count), mem_cgroup_oom_synchronize() or mm.memcg
+        where = "the machine" if memcg is None else f"{memcg}"
+        why = f"userfaultfd: {where} has no room for the page at {addr:#x}; unmap something"
+        return count << PAGE_SHIFT, OutOfMemory(why)
     return _filled(addrs, count)
 
 

@@ -329,13 +329,16 @@ def dup_userfaultfd(vma: Vma, old: Vma) -> None:
     vma.vm_mm.uffd_wp = old.vm_mm.uffd_wp
 
 
-def dup_userfaultfd_fail(old: MmStruct) -> None:
-    """The child that *old* was to have is gone. Linux: dup_userfaultfd_fail(), v6.12."""
-    events, old.uffd_events = old.uffd_events, []
-    for ctx, msg in events:
-        if msg.fd is not None:
-            msg.fd.release()
-        ctx.completed()
+def dup_userfaultfd_fail(mm: MmStruct, old: MmStruct) -> None:
+    """*mm*, which was to be a copy of *old*, is gone, and nobody hears of its fds.
+
+    Linux: dup_userfaultfd_fail(), fs/userfaultfd.c, v6.12.
+    """
+    for prepared in tuple(old.uffd_events):
+        ctx, msg = prepared
+        if msg.fd is not None and msg.fd.mm is mm:
+            old.uffd_events.remove(prepared)
+            ctx.completed()
 
 
 def vma_has_uffd_without_event_remap(vma: Vma) -> bool:

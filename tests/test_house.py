@@ -22,6 +22,7 @@ OURS = {
             "check_entries check_anon_vmas check_vmas check_notifiers check_userfaultfds "
             "check_tables"
         ),
+        "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
@@ -36,9 +37,10 @@ OURS = {
         "uaccess": "access_pages page_range payload_of gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
-            "stretches"
+            "stretches set_bits keep_bits"
         ),
     },
+    "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler"},

@@ -228,12 +228,23 @@ class TestCopy:
         """What fits is there; then there is no frame."""
         world, fd = registered("missing", pages=512, nodes=("1MiB",), payload=True)
 
-        with pytest.raises(PartlyCopied, match="no frame") as error:
+        with pytest.raises(PartlyCopied, match="no room") as error:
             fd.copy(world.addr, page(1, 512))
         copied = error.value.copied // PAGE_SIZE
         assert 0 < copied < 256
-        with pytest.raises(OutOfMemory, match=f"{world.at(copied):#x}"):
+        with pytest.raises(OutOfMemory, match=f"the machine .*{world.at(copied):#x}"):
             fd.copy(world.at(copied), page(1))
+
+    def test_control_group(self):
+        """It pays for what userland brings, and says where it has no more room."""
+        world, fd = registered("missing", pages=64)
+        group = world.machine.cgroup("small", limit="64KiB")
+        world.process.move_to(group)
+
+        with pytest.raises(PartlyCopied, match="small") as error:
+            fd.copy(world.addr, page(1, 64))
+        assert 64 << 10 == error.value.copied
+        world.process.move_to(None)
 
     def test_not_inside_one_vma(self):
         """Nor are ranges filled that nobody registered."""
