@@ -25,6 +25,10 @@ class TestErrno:
             (mm.PageHeld, errno.EBUSY),
             (mm.InputOutputError, errno.EIO),
             (mm.Deadlock, errno.EDEADLK),
+            (mm.NoEntry, errno.ENOENT),
+            (mm.Exists, errno.EEXIST),
+            (mm.NoSuchProcess, errno.ESRCH),
+            (mm.TimedOut, errno.ETIMEDOUT),
         ],
     )
     def test_wrong_call(self, error, code):
