@@ -187,8 +187,8 @@ def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
         what = f"{addr:#x} is userland's to serve, and nobody waits for it"
     else:
         what = (
-            f"the contents of the page at {addr:#x} cannot be had: they are lost, or beyond the end "
-            f"of the file"
+            f"the contents of the page at {addr:#x} cannot be had: they are lost, or beyond the "
+            f"end of the file"
         )
     return BusError(addr, f"{mm.name}: {what}")
 
