@@ -152,6 +152,7 @@ def _shmem_alloc(
 def shmem_alloc_pages(mapping: AddressSpace, indexes: Indices, gfp: int) -> Pfns:
     """Frames for *indexes*, by the policies of the file, or else of the task; as many as there are.
 
+    Unlike Linux v4.20, interleaving does not begin at a node by inode number, which nobody knows.
     Linux: shmem_alloc_page(), mm/shmem.c.
     """
     info: ShmemInodeInfo = mapping.host.i_private
