@@ -326,6 +326,7 @@ class MmStruct:
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
         self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py
+        self.notifier_extras: dict[str, list[Any]] = {}  # those of them that have each of EXTRAS
         self.interval_notifiers: list[Any] = []  # its MmuIntervalNotifier, by start
         self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
