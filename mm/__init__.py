@@ -7,6 +7,7 @@
 docs/where-is.md says in which file each kernel function has its counterpart.
 """
 
+from mm.cpuset import Cpuset
 from mm.errors import (
     AccessDenied,
     BusError,
@@ -39,6 +40,7 @@ __all__ = [
     "AccessDenied",
     "BusError",
     "Busy",
+    "Cpuset",
     "Deadlock",
     "DriverBug",
     "HwPoison",

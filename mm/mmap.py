@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 from mm.anon_vma import unlink_anon_vmas
+from mm.cred import can_do_mlock, mlock_future_check
 from mm.errors import InvalidArgument, InvalidRange, OutOfMemory
 from mm.mmu_notifier import (
     ULONG_MAX,
@@ -58,7 +59,8 @@ def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
 
     With *addr* the area goes there and replaces what was there (MAP_FIXED); without, it goes
     to the highest gap below MMAP_BASE. The caller holds mmap_sem for write, and populates the
-    area where that is wanted. Raises InvalidArgument, InvalidRange, OutOfMemory.
+    area where that is wanted. Raises InvalidArgument, InvalidRange, OutOfMemory; PermissionDenied
+    or TryAgain where it is VM_LOCKED and the task may not lock so much.
     Linux: do_mmap() and mmap_region(), mm/mmap.c.
     """
     if length <= 0:
@@ -70,6 +72,9 @@ def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
         addr = get_unmapped_area(mm, length)
     else:
         check_fixed("mmap", addr, length)
+    if vm_flags & VM_LOCKED:
+        can_do_mlock("mmap")
+        mlock_future_check(mm, length >> PAGE_SHIFT, "mmap")
     if accountable_mapping(vm_flags):
         vm_enough_memory(mm.mem, length >> PAGE_SHIFT, "mmap")
         vm_flags |= VM_ACCOUNT

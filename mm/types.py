@@ -127,6 +127,7 @@ class MemMap:
         self.next_anon_vma = 1
         self.max_map_count = 65530  # VMAs that a process may have
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
+        self.cpusets_enabled = False  # some task may not use every node
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices
         # The MemCgroup of mm/mem_cgroup.py by the number in `memcg`; none until the first is made.
