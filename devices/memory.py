@@ -34,12 +34,12 @@ from hmm.migration import MigrateVma, MigrateVmaSelect
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.gup import set_page_dirty
 from mm.machine import Machine
 from mm.memparse import Size, format_size, memparse
 from mm.mempolicy import alloc_pages_vma
 from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import find_vma, vmas_in
+from mm.page_cache import set_page_dirty
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
 from mm.process import Process

@@ -51,7 +51,7 @@ def prepare_cred(uid: int, euid: int | None = None, caps: Iterable[str] | None =
     """
     euid = uid if euid is None else euid
     for number in (uid, euid):
-        if number not in range((1 << 32) - 1):
+        if not 0 <= number < (1 << 32) - 1:
             raise InvalidArgument(f"a user is a number in 0..{(1 << 32) - 2:#x}, got {number!r}")
     if caps is None:
         return Cred(uid, euid, 0 if euid else CAP_FULL_SET)

@@ -12,6 +12,7 @@ from typing import Final
 from mm.cred import prepare_cred
 from mm.debug import verify
 from mm.errors import InvalidArgument
+from mm.fs import File
 from mm.gfp import GFP_KERNEL, Gfp
 from mm.mem_cgroup import MemCgroup
 from mm.memcontrol import mem_cgroup_css_alloc
@@ -21,6 +22,7 @@ from mm.page_alloc import alloc_pages_bulk, nr_free_pages
 from mm.page_flags import PG_reserved
 from mm.pgtable import PTRS_PER_PTE
 from mm.process import Process
+from mm.shmem import memfd_create
 from mm.swap import lru_add_drain_all
 from mm.swapfile import swapon
 from mm.types import BYTES_PER_PAGE, MemMap
@@ -115,6 +117,13 @@ class Machine:
         if limit is not None:
             memcg.limit = limit
         return memcg
+
+    def memfd_create(self, name: str = "") -> File:
+        """An empty file in memory, gone when nobody has it open or maps it any more.
+
+        File.truncate() gives it its size. Linux: memfd_create(2).
+        """
+        return memfd_create(self.mem, name)
 
     @property
     def vmstat(self) -> VmStat:

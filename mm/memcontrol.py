@@ -261,7 +261,9 @@ def mem_cgroup_uncharge_swap(mem: MemMap, slots: Slots) -> None:
         charged_to[rows(slots)] = 0
 
 
-def mem_cgroup_swapin_charge(mm: MmStruct, slots: Slots, gfp: int) -> NDArray[np.int64]:
+def mem_cgroup_swapin_charge(
+    mem: MemMap, mm: MmStruct | None, slots: Slots, gfp: int
+) -> NDArray[np.int64]:
     """Charge for pages that are to be read from *slots*; the number of each one's group.
 
     That is the group that the slot is charged to, or that of *mm* if it was removed; NO_ROOM where
@@ -269,12 +271,11 @@ def mem_cgroup_swapin_charge(mm: MmStruct, slots: Slots, gfp: int) -> NDArray[np
     page when it is mapped, and not for what is read ahead (v5.8).
     Linux: mem_cgroup_swapin_charge_page(), mm/memcontrol.c, v5.13.
     """
-    mem = mm.mem
     with mem.locks.atomic:
         owners = mem.swap.swap_cgroup[slots].astype(np.int64)
         for memcg, mine in _by_group(mem, owners):
             if not memcg.online:
-                owners[mine] = 0 if mm.memcg is None else mm.memcg.number
+                owners[mine] = 0 if mm is None or mm.memcg is None else mm.memcg.number
         asked = list(_by_group(mem, owners))
         for memcg, _ in asked:
             memcg.refs += 1
