@@ -29,7 +29,12 @@ from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
 from mm.mempolicy import alloc_charged_pages
 from mm.migrate import migration_entry_wait
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.mmu_notifier import (
+    MmuNotifyEvent,
+    mmu_notifier_change_pte,
+    mmu_notifier_invalidate_range,
+    mmu_notifier_range,
+)
 from mm.page_flags import PG_anon_exclusive, PG_uptodate
 from mm.pgtable import (
     _PAGE_ACCESSED,
@@ -369,11 +374,13 @@ def wp_page_copy(
     for near in stretches(addrs, PAGE_SIZE):
         start, end = addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE
         with (
-            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
+            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR, only_end=True),
             mm.page_table_lock,
         ):
             same = mem.tables.entries[at[near]] == ptes[near]
             used = new[near][same]
+            if mm.notifier_extras:
+                replace_ptes_notify(mm, addrs[near][same], at[near][same], entries[near][same])
             _map_new_pages(vma, addrs[near][same], at[near][same], used, entries[near][same])
             replaced = old[near][same & ~zero[near]]
             mm.anon_rss += used.size
@@ -384,6 +391,18 @@ def wp_page_copy(
         lru_cache_add_active(mem, used, cpu)
     mem.vmstat.add("cow_faults", new.size)
     return faults
+
+
+def replace_ptes_notify(mm: MmStruct, addrs: Addresses, at: Indices, ptes: Ptes) -> None:
+    """Empty the entries at *addrs*, which are about to become *ptes*, and tell who listens to that.
+
+    Called with the page-table lock held. Linux: ptep_clear_flush_notify() and the first half of
+    set_pte_at_notify(), include/linux/mmu_notifier.h.
+    """
+    mm.mem.tables.entries[at] = 0
+    for near in stretches(addrs, PAGE_SIZE):
+        mmu_notifier_invalidate_range(mm, addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE)
+    mmu_notifier_change_pte(mm, addrs, ptes)
 
 
 def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:
