@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
@@ -40,10 +39,9 @@ from mm.swap import isolate_lru_page, lru_add_drain, put_page, putback_lru_page
 from mm.swap_state import replace_in_swap_cache
 from mm.swapfile import try_to_free_swap
 from mm.types import MemMap
-from mm.typing import Mask, Pfns, word
+from mm.typing import Errnos, Mask, Pfns, word
 from mm.vectors import every, has, places, rows, some
 
-Errnos: TypeAlias = NDArray[np.int32]  # for each page 0, or a negative errno
 # Gives a frame for each page that is to move; for the first of them only, where memory is short.
 NewPages: TypeAlias = Callable[[Pfns], Pfns]
 

@@ -19,7 +19,6 @@ from mm.errors import InvalidArgument
 from mm.filemap import page_locked
 from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, vma_migratable
 from mm.migrate import (
-    Errnos,
     alloc_migration_target,
     migrate_page_add,
     migrate_pages,
@@ -28,7 +27,7 @@ from mm.migrate import (
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_special
 from mm.swap import lru_add_drain_all
 from mm.types import MemMap, MmStruct, Vma
-from mm.typing import Addresses, Indices, Mask, Pfns
+from mm.typing import Addresses, Errnos, Indices, Mask, Pfns
 from mm.vectors import distinct, every, pieces, places, some, unique
 
 

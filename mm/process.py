@@ -26,7 +26,6 @@ from mm.madvise import do_madvise
 from mm.mbind import do_mbind, do_set_mempolicy, kernel_migrate_pages
 from mm.memparse import Size, memparse
 from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
-from mm.migrate import Errnos
 from mm.mincore import do_mincore
 from mm.mlock import do_mlock, do_munlock
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
@@ -49,7 +48,7 @@ from mm.types import (
     MmStruct,
     Vma,
 )
-from mm.typing import Mask, Payload, Ptes
+from mm.typing import Errnos, Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}

@@ -26,6 +26,8 @@ VMSTAT_NAMES: Final = (
     "nr_page_table_pages",
     "nr_foll_pin_acquired",  # pins taken since boot: this one and the next only rise
     "nr_foll_pin_released",
+    "pgpgin",  # KiB that block devices read, and wrote
+    "pgpgout",
     "pgalloc_dma",
     "pgalloc_dma32",
     "pgalloc_normal",
