@@ -132,6 +132,24 @@ class BusError(MmError):
         self.address = address
 
 
+class NoSpace(MmError):
+    """ENOSPC: the device, or its table of files, is full."""
+
+    code = errno.ENOSPC
+
+
+class FileExists(MmError):
+    """EEXIST: something has that name already."""
+
+    code = errno.EEXIST
+
+
+class Corrupted(MmError):
+    """EUCLEAN: what is on the device contradicts itself."""
+
+    code = 117  # EUCLEAN, for which not every host's `errno` has a name
+
+
 class HwPoison(MmError):
     """EHWPOISON: the contents of a page of the range are lost."""
 

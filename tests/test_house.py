@@ -22,6 +22,7 @@ OURS = {
         "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
+        "blockfs_extents": "spread",
         "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",
         "highmem": "byte_places reserve_payload",
         "mmap": "vmas_in",
