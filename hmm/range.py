@@ -38,7 +38,7 @@ from mm.errors import (
     SegmentationFault,
 )
 from mm.locking import cond_resched, preempt
-from mm.memory import Faults, handle_mm_fault
+from mm.memory import handle_mm_fault
 from mm.migrate import migration_entry_wait
 from mm.mmap import find_vma
 from mm.mmu_notifier import MmuIntervalNotifier, mmu_interval_check_retry
@@ -71,7 +71,18 @@ from mm.types import (
     Vma,
     VmFault,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, Word, word
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Faults,
+    Indices,
+    Mask,
+    Pfns,
+    Ptes,
+    Word,
+    word,
+)
 from mm.vectors import distinct, every, has, places, some
 
 HmmPfns: TypeAlias = NDArray[np.uint64]  # a word for each page, as drawn above

@@ -24,6 +24,7 @@ from mm.swapops import (
 )
 from mm.types import VM_LOCKED, MemMap, MmStruct, Vma
 from mm.typing import Addresses, Mask, Pfns, Ptes
+from mm.xarray import MAX_INDEX
 
 _SHOWN: Final = 4  # pages that a complaint names
 
@@ -36,8 +37,8 @@ class Census(NamedTuple):
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
     waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
-    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins and the swap cache, by
-    PFN; swapped: entries that hold each slot.
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, the page cache and the
+    swap cache, by PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
@@ -75,6 +76,9 @@ def take_census(mem: MemMap) -> Census:
     for pin in mem.pins:
         np.add.at(held, pin.counted(pin.pfns), np.int32(pin.refs))
     held[mem.zero_pfn] += 1
+    for mapping in mem.mappings.values():
+        _, entries = mapping.i_pages.find(0, MAX_INDEX)
+        np.add.at(held, entries[(entries > 0) & (entries < mem.limit_pfn)], one)
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
     return Census(pages, mapped, waiting, taken, locked, held, swapped)

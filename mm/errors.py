@@ -76,6 +76,30 @@ class InputOutputError(MmError):
     code = errno.EIO
 
 
+class BadFile(MmError):
+    """EBADF: a file that is closed, or open for something else."""
+
+    code = errno.EBADF
+
+
+class FileTooLarge(MmError):
+    """EFBIG: no file has bytes at that place."""
+
+    code = errno.EFBIG
+
+
+class NoSpace(MmError):
+    """ENOSPC: the file system has no room left."""
+
+    code = errno.ENOSPC
+
+
+class NotSupported(MmError):
+    """EOPNOTSUPP: that kind of file cannot do it."""
+
+    code = errno.EOPNOTSUPP
+
+
 class NoEntry(MmError):
     """ENOENT: what was asked for is not there."""
 
@@ -130,12 +154,6 @@ class BusError(MmError):
     def __init__(self, address: int, message: str) -> None:
         super().__init__(message)
         self.address = address
-
-
-class NoSpace(MmError):
-    """ENOSPC: the device, or its table of files, is full."""
-
-    code = errno.ENOSPC
 
 
 class FileExists(MmError):

@@ -22,7 +22,7 @@ from mm.errors import BusError, Busy, HwPoison, InvalidArgument, KernelBug, MmEr
 from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
-from mm.memory import Faults, handle_mm_fault
+from mm.memory import handle_mm_fault
 from mm.migrate_device import migrate_device_coherent_page
 from mm.mmap import find_vma
 from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_referenced
@@ -46,7 +46,18 @@ from mm.types import (
     VmFault,
     page_anon,
 )
-from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
+from mm.typing import (
+    NO_PAGES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Faults,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    Ptes,
+)
 from mm.uaccess import MAX_RETRIES, bad_area, mm_fault_error, page_range, payload_of
 from mm.vectors import every, has, places, some
 

@@ -14,10 +14,9 @@ as a CPU runs its instruction again.
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mm.anon_vma import anon_vma_prepare
 from mm.device_exclusive import remove_device_exclusive_entry
@@ -65,10 +64,8 @@ from mm.swapops import (
 )
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, maybe_mkwrite
-from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
+from mm.typing import PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, pages, word
 from mm.vectors import every, has, pieces, places, some, stretches
-
-Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 
 _WRITTEN: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 

@@ -262,7 +262,10 @@ class World:
         for mm in tuple(self.machine.mem.mms):
             with mm.mmap_sem.write():
                 exit_mmap(mm)
+        for file in tuple(self.machine.mem.files):
+            file.close()
         self.machine.verify()
+        assert ([], {}) == (self.machine.mem.files, self.machine.mem.mappings)
         assert self.free_at_boot == self.machine.nr_free_pages
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
         assert 0 == self.machine.mem.swap.inuse_pages
