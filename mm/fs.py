@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from mm.errors import BadFile, FileTooLarge, InvalidArgument, NotSupported
+from mm.errseq import errseq_sample
 from mm.locking import RwSemaphore
 from mm.memparse import Size, memparse
 from mm.types import AddressSpace, AddressSpaceOperations, MemMap, Vma
@@ -139,6 +140,7 @@ class File:
         self.f_op = inode.i_fop
         self.f_mode = f_mode
         self.f_pos = 0
+        self.f_wb_err = errseq_sample(inode.i_mapping.wb_err)  # errors that it has heard of
         self.f_count = 1  # its user, and the VMAs that map it
         self.closed = False
         inode.mem.files.append(self)

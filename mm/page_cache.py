@@ -233,7 +233,9 @@ def set_page_dirty_nobuffers(mapping: AddressSpace, pfns: Pfns) -> None:
         tagged = mapping.i_pages.get_mark(indexes, PAGECACHE_TAG_DIRTY)
         mem.flags[pfns] |= PG_dirty
         mapping.i_pages.set_mark(indexes[~tagged], PAGECACHE_TAG_DIRTY)
-        mem.vmstat.add("nr_dirty", tagged.size - int(np.count_nonzero(tagged)))
+        fresh = tagged.size - int(np.count_nonzero(tagged))
+    mem.vmstat.add("nr_dirty", fresh)
+    mem.vmstat.add("nr_dirtied", fresh)
 
 
 def cancel_dirty_page(mapping: AddressSpace, pfns: Pfns) -> None:

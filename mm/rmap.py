@@ -24,6 +24,7 @@ from mm.page_vma_mapped import page_vma_mapped_walk
 from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DEVMAP,
+    _PAGE_DIRTY,
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
     mk_pte,
@@ -64,6 +65,7 @@ _ONE: Final = np.array(1, dtype=np.int32)
 _NEW_ANON: Final = word(PG_swapbacked | PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
+_NOT_STORED: Final = word(~(_PAGE_RW | _PAGE_DIRTY))
 _SHIFT: Final = number(PAGE_SHIFT)
 
 
@@ -306,6 +308,21 @@ def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
             entries[at[mapped]] &= _NOT_ACCESSED
         referenced[which[used]] = True
     return referenced
+
+
+def page_mkclean(mem: MemMap, pfns: Pfns) -> Mask:
+    """Take the right to store from every mapping of locked *pfns*; True where one had stored.
+
+    Linux: page_mkclean(), mm/rmap.c.
+    """
+    stored = np.zeros(pfns.size, dtype=np.bool_)
+    for vma, which, addrs in rmap_walk(mem, pfns):
+        entries = mem.tables.entries
+        with vma.vm_mm.page_table_lock:
+            at, mapped = page_vma_mapped_walk(vma, pfns[which], addrs)
+            stored[which[mapped]] |= pte_dirty(entries[at[mapped]])
+            entries[at[mapped]] &= _NOT_STORED
+    return stored
 
 
 def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:

@@ -136,6 +136,8 @@ class MemMap:
         self.mappings: dict[int, AddressSpace] = {}  # page caches, by the number in `mapping`
         self.next_mapping = 1
         self.files: list[Any] = []  # every File of mm/fs.py that is open
+        self.dirty_background_ratio = 10  # percent of memory that may be dirty before it is written
+        self.vm_dirty_ratio = 20  # and before who makes it dirty has to wait
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices
@@ -251,6 +253,7 @@ class AddressSpace:
     i_pages: XArray = field(default_factory=XArray)
     i_mmap: list[Vma] = field(default_factory=list)
     flags: int = 0  # AS_*
+    wb_err: int = 0  # the errors of writing its pages, as mm/errseq.py keeps them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
