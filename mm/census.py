@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.page_flags import PG_private
 from mm.pagewalk import walk_page_range
 from mm.pgtable import (
     pte_dirty,
@@ -24,6 +25,7 @@ from mm.swapops import (
 )
 from mm.types import VM_LOCKED, MemMap, MmStruct, Vma
 from mm.typing import Addresses, Mask, Pfns, Ptes
+from mm.vectors import has
 from mm.xarray import MAX_INDEX
 
 _SHOWN: Final = 4  # pages that a complaint names
@@ -37,8 +39,8 @@ class Census(NamedTuple):
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
     waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
-    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, the page cache and the
-    swap cache, by PFN; swapped: entries that hold each slot.
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, buffers, the page cache
+    and the swap cache, by PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
@@ -79,6 +81,7 @@ def take_census(mem: MemMap) -> Census:
     for mapping in mem.mappings.values():
         _, entries = mapping.i_pages.find(0, MAX_INDEX)
         np.add.at(held, entries[(entries > 0) & (entries < mem.limit_pfn)], one)
+    held[has(mem.flags, PG_private)] += 1
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
     return Census(pages, mapped, waiting, taken, locked, held, swapped)

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.buffer_head import BufferHeads
 from mm.highmem import reserve_payload
 from mm.locking import Locks, RwSemaphore, SpinLock
 from mm.mmzone import Node, PageStack, Zone
@@ -135,6 +136,7 @@ class MemMap:
         self.next_anon_vma = 1
         self.mappings: dict[int, AddressSpace] = {}  # page caches, by the number in `mapping`
         self.next_mapping = 1
+        self.buffers = BufferHeads()  # of pages whose files are on a block device
         self.files: list[Any] = []  # every File of mm/fs.py that is open
         self.dirty_background_ratio = 10  # percent of memory that may be dirty before it is written
         self.vm_dirty_ratio = 20  # and before who makes it dirty has to wait
