@@ -11,6 +11,7 @@ device fails where the host does, past its end, and where a test has armed it (`
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Final
 
 import numpy as np
 
-from mm.errors import InvalidArgument, NoEntry
+from mm.errors import AccessDenied, Busy, InvalidArgument, NoEntry
 from mm.typing import Errnos, Indices, Payload
 from mm.vectors import every, places, stretches
 from mm.vmstat import VmStat
@@ -137,16 +138,21 @@ class BlockDevice:
 
 
 def blkdev_open(path: str | os.PathLike[str], vmstat: VmStat) -> BlockDevice:
-    """The file at *path* as a device, whose size is that of the file.
+    """The file at *path* as a device, whose size is that of the file, for the caller alone.
 
-    Raises NoEntry, InvalidArgument. Linux: blkdev_get_by_path(), fs/block_dev.c.
+    Raises NoEntry, AccessDenied, Busy. Linux: blkdev_get_by_path(), fs/block_dev.c.
     """
     if not os.path.isfile(path):
         raise NoEntry(f"{os.fspath(path)!r} is no file that could hold a disk")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise InvalidArgument(f"{os.fspath(path)!r} cannot be opened: {error.strerror}") from error
+        raise AccessDenied(f"{os.fspath(path)!r} cannot be opened: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise Busy(f"{os.fspath(path)!r} is in use as a device already") from error
     return BlockDevice(Path(path).name, fd, os.fstat(fd).st_size, vmstat)
 
 

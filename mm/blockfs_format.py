@@ -98,6 +98,10 @@ class Layout:
         """Extents that a block of a chain has room for, beside the number of the next."""
         return self.block_size // EXTENT.itemsize - 1
 
+    def chain_blocks(self, extents: int) -> int:
+        """Blocks that hold what an inode with so many *extents* has no room for."""
+        return max(-(-(extents - INLINE_EXTENTS) // self.extents_per_block), 0)
+
     @property
     def max_bytes(self) -> int:
         """What a file cannot grow beyond: block numbers have 32 bits. Linux: s_maxbytes."""
@@ -288,10 +292,10 @@ def _read_extents(bdev: BlockDevice, layout: Layout, inode: Any) -> tuple[Extent
     return Extents(*columns), np.array(chain, dtype=np.int64)
 
 
-def write_inode(bdev: BlockDevice, meta: Metadata, ino: int, inode: DiskInode) -> None:
-    """Write the chain of *inode*, and fill in the rest for Metadata.commit() to write.
+def encode_inode(meta: Metadata, ino: int, inode: DiskInode) -> Payload:
+    """Fill in inode *ino* for Metadata.commit() to write; and what the blocks of its chain hold.
 
-    Raises InputOutputError. Linux: ext2_write_inode(), fs/ext2/inode.c.
+    Linux: __ext2_write_inode(), fs/ext2/inode.c.
     """
     extents, chain, layout = inode.extents, inode.chain, meta.layout
     table = np.zeros(INLINE_EXTENTS + chain.size * layout.extents_per_block, dtype=EXTENT)
@@ -301,15 +305,12 @@ def write_inode(bdev: BlockDevice, meta: Metadata, ino: int, inode: DiskInode) -
     whole = _chain_view(blocks, layout)
     whole[:, 1:] = table[INLINE_EXTENTS:].reshape(-1, layout.extents_per_block)
     whole["logical"][:-1, 0] = chain[1:]
-    if some(submit_bio_wait(bdev, WRITE, chain, blocks, np.arange(chain.size))):
-        raise InputOutputError(f"{bdev.name}: the extents of inode {ino} cannot be written")
-    meta.inodes[ino] = 0
-    raw = meta.inodes[ino]
-    raw["nlink"], raw["size"], raw["nr_extents"] = 1, inode.size, extents.size
-    raw["chain"] = chain[0] if chain.size else 0
-    raw["extents"] = table[:INLINE_EXTENTS]
+    first = chain.item(0) if chain.size else 0
+    row = (1, extents.size, inode.size, first, (0, 0, 0), table[:INLINE_EXTENTS])
+    meta.inodes[ino] = row
     text = inode.name.encode().ljust(NAME_MAX, b"\0")
     meta.names[ino] = np.frombuffer(text, dtype=np.uint8)
+    return blocks
 
 
 def clear_inode(meta: Metadata, ino: int) -> None:

@@ -33,8 +33,8 @@ from mm.buffer_head import (
 from mm.page_cache import cancel_dirty_page, set_page_dirty_nobuffers
 from mm.page_flags import PG_dirty, PG_private, PG_uptodate, PG_writeback
 from mm.swap import get_page, put_page
-from mm.types import AddressSpace, MemMap
-from mm.typing import PAGE_SIZE, Errnos, Indices, Mask, Payload, Pfns, word
+from mm.types import AddressSpace, MemMap, Vma, VmFault
+from mm.typing import PAGE_SIZE, Errnos, Faults, Indices, Mask, Payload, Pfns, word
 from mm.vectors import has, some
 from mm.writeback import end_page_writeback, mapping_set_error, set_page_writeback
 
@@ -227,12 +227,33 @@ def block_commit_write(mapping: AddressSpace, pfns: Pfns, pos: int, nbytes: int)
     set_page_dirty_nobuffers(mapping, pfns)
 
 
+def block_page_mkwrite(vma: Vma, pfns: Pfns, get_block: GetBlock) -> Faults:
+    """Find blocks for locked *pfns*, to which a process is about to store; they become dirty.
+
+    SIGBUS for those that there is no room for; RETRY for what the file has no more.
+    Linux: block_page_mkwrite(), fs/buffer.c.
+    """
+    mapping: AddressSpace = vma.vm_file.f_mapping
+    mem, size = mapping.mem, mapping.host.i_size
+    faults = np.full(pfns.size, VmFault.RETRY, dtype=np.uint16)
+    inside = mem.mapping[pfns] == mapping.number << 2
+    inside &= mem.index[pfns] * PAGE_SIZE < size
+    status = block_prepare_write(mapping, pfns[inside], 0, size, get_block)
+    faults[inside] = (status != 0) * np.uint16(VmFault.SIGBUS)
+    block_commit_write(mapping, pfns[faults == 0], 0, size)
+    return faults
+
+
 def set_page_dirty_buffers(mapping: AddressSpace, pfns: Pfns) -> None:
-    """All of each of *pfns* differs from the device. Linux: __set_page_dirty_buffers()."""
-    mem, of_a_page = mapping.mem, PAGE_SIZE >> mapping.host.i_blkbits
+    """All that is known of each of *pfns* differs from the device.
+
+    Linux: __set_page_dirty_buffers(), fs/buffer.c, of pages that are up to date.
+    """
+    mem = mapping.mem
     with mem.locks.atomic:
         rows = mem.private[pfns[page_has_private(mem, pfns)]]
-        mem.buffers.b_state[rows, :of_a_page] |= BH_Dirty
+        states = mem.buffers.b_state[rows]
+        mem.buffers.b_state[rows] = states | ((states & BH_Uptodate) != 0) * BH_Dirty
     set_page_dirty_nobuffers(mapping, pfns)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mm.blkdev import (
     submit_bio,
     submit_bio_wait,
 )
-from mm.errors import InvalidArgument, NoEntry
+from mm.errors import AccessDenied, Busy, InvalidArgument, NoEntry
 from mm.vmstat import VmStat
 
 BLOCKS = 64
@@ -36,6 +37,10 @@ def bdev(image):
     yield bdev
     if bdev.fd >= 0:
         blkdev_put(bdev)
+
+
+def raising(error, *_):
+    raise error
 
 
 def numbered(blocks, size=1024):
@@ -67,6 +72,19 @@ class TestOpen:
         """A folder is no disk, nor is nothing."""
         with pytest.raises(NoEntry, match="no file that could hold a disk"):
             blkdev_open(tmp_path / name, VmStat())
+
+    def test_in_use(self, bdev, image):
+        """A device has one user at a time."""
+        with pytest.raises(Busy, match="in use"):
+            blkdev_open(image, VmStat())
+
+    def test_not_allowed(self, tmp_path, monkeypatch):
+        """What the host does not let us write is no device of ours."""
+        (tmp_path / "disk").write_bytes(bytes(1024))
+        refuse = partial(raising, PermissionError(errno.EACCES, "no"))
+        monkeypatch.setattr("os.open", refuse)
+        with pytest.raises(AccessDenied, match="cannot be opened: no"):
+            blkdev_open(tmp_path / "disk", VmStat())
 
 
 class TestTransfer:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.blkdev import blkdev_open, blkdev_put
+from mm.blkdev import blkdev_open, blkdev_put, submit_bio_wait
 from mm.blockfs_extents import Extents
 from mm.blockfs_format import (
     INODE,
@@ -16,10 +16,10 @@ from mm.blockfs_format import (
     DiskInode,
     Layout,
     clear_inode,
+    encode_inode,
     mkfs,
     read_inodes,
     read_super,
-    write_inode,
 )
 from mm.errors import Corrupted, InputOutputError, InvalidArgument
 from mm.vmstat import VmStat
@@ -50,12 +50,13 @@ def extents(count, first):
 def a_file(meta, count=3):
     """A file with *count* extents, and blocks for those that the inode has no room for."""
     first = meta.layout.data
-    need = max(0, -(-(count - 8) // meta.layout.extents_per_block))
+    need = meta.layout.chain_blocks(count)
     return DiskInode("file", 12345, extents(count, first + need), first + np.arange(need))
 
 
 def store(bdev, meta, ino, inode, *, clean=False):
-    write_inode(bdev, meta, ino, inode)
+    chain = encode_inode(meta, ino, inode)
+    assert not submit_bio_wait(bdev, "write", inode.chain, chain, np.arange(len(chain))).any()
     used = meta.used()
     used[inode.extents.blocks()] = used[inode.chain] = True
     meta.set_used(used)
@@ -146,7 +147,7 @@ class TestInodes:
         meta = read_super(bdev)
         fault = bdev.fail("write")
         with pytest.raises(InputOutputError, match="of its metadata cannot be written"):
-            store(bdev, meta, 3, a_file(meta))
+            store(bdev, meta, 3, a_file(meta, 0))
         bdev.faults.remove(fault)
         meta.commit(bdev)
 
