@@ -25,11 +25,11 @@ from mm.errors import (
     OutOfMemory,
     SegmentationFault,
 )
-from mm.gup import set_page_dirty
 from mm.highmem import copy_highpages, memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
 from mm.mmap import TASK_SIZE_MAX, find_vma
+from mm.page_cache import set_page_dirty
 from mm.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,

@@ -235,8 +235,13 @@ class HmmVmaWalk:
         return ours[mem.zone[pfns]]
 
     def fault(self, vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faults:
-        """Serve the faults at *addrs*, whose entries are *ptes*."""
-        return handle_mm_fault(vma, addrs, write=write)
+        """Serve the faults at *addrs*, whose entries are *ptes*, one after the other."""
+        faults = handle_mm_fault(vma, addrs, write=write)
+        if vma.vm_file is not None:
+            around = places(faults == VmFault.RETRY)  # mapped by the fault of a neighbour
+            if around.size:
+                faults[around] = handle_mm_fault(vma, addrs[around], write=write)
+        return faults
 
     def wait(self, pfns: Pfns) -> None:
         """Wait for *pfns*, which are on their way."""

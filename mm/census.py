@@ -16,6 +16,7 @@ from mm.pgtable import (
     pte_present,
     pte_special,
 )
+from mm.shmem import shmem_mapping
 from mm.swapops import (
     is_device_exclusive_entry,
     is_device_private_entry,
@@ -26,7 +27,7 @@ from mm.swapops import (
 from mm.types import VM_LOCKED, MemMap, MmStruct, Vma
 from mm.typing import Addresses, Mask, Pfns, Ptes
 from mm.vectors import has
-from mm.xarray import MAX_INDEX
+from mm.xarray import MAX_INDEX, xa_is_value, xa_to_value
 
 _SHOWN: Final = 4  # pages that a complaint names
 
@@ -81,6 +82,9 @@ def take_census(mem: MemMap) -> Census:
     for mapping in mem.mappings.values():
         _, entries = mapping.i_pages.find(0, MAX_INDEX)
         np.add.at(held, entries[(entries > 0) & (entries < mem.limit_pfn)], one)
+        if shmem_mapping(mapping):
+            slots = xa_to_value(entries[xa_is_value(entries)])
+            np.add.at(swapped, slots[slots < mem.swap.max], one)
     held[has(mem.flags, PG_private)] += 1
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)

@@ -198,8 +198,9 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
         count = sum(node.lruvec[lru].nr_pages for node in mem.nodes)
         if mem.vmstat[name] != count:
             yield f"{name}: says {mem.vmstat[name]}, the lists hold {count}"
-    if mem.vmstat["nr_isolated_anon"]:
-        yield f"nr_isolated_anon: says {mem.vmstat['nr_isolated_anon']}, yet nobody moves pages"
+    for name in ("nr_isolated_anon", "nr_isolated_file"):
+        if mem.vmstat[name]:
+            yield f"{name}: says {mem.vmstat[name]}, yet nobody moves pages"
     waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for pagevec in mem.pagevecs:
         waiting[pagevec.live()] = True

@@ -124,6 +124,12 @@ class Misplaced(MmError):
     code = errno.EIO
 
 
+class NoDevice(MmError):
+    """ENODEV: that kind of file cannot be mapped."""
+
+    code = errno.ENODEV
+
+
 class NoSuchNode(MmError):
     """ENODEV: a page shall go to a node that the machine does not have."""
 
@@ -147,13 +153,14 @@ class SegmentationFault(MmError):
 
 
 class BusError(MmError):
-    """EFAULT: the mapping is there, its contents are lost (SIGBUS)."""
+    """EFAULT: the mapping is there, its contents are not (SIGBUS); *poisoned*: lost for good."""
 
     code = errno.EFAULT
 
-    def __init__(self, address: int, message: str) -> None:
+    def __init__(self, address: int, message: str, *, poisoned: bool = True) -> None:
         super().__init__(message)
         self.address = address
+        self.poisoned = poisoned
 
 
 class FileExists(MmError):

@@ -7,7 +7,8 @@
 
 A page that both map is nobody's own any more: the first store by either takes a copy, or the page
 as it is when the other has let go of it. What is pinned is copied at once, as whoever has it
-pinned means the parent's page. Memory without an anon_vma has nothing that a fault would not bring.
+pinned means the parent's page. Memory without an anon_vma has nothing that a fault would not
+bring: nothing at all, or pages of a file.
 Linux: dup_mmap(), kernel/fork.c; copy_page_range(), mm/memory.c.
 """
 
@@ -21,7 +22,6 @@ from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.memory import lru_cache_add_active
 from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
@@ -38,9 +38,9 @@ from mm.pgtable import (
     pte_present,
     pte_special,
 )
-from mm.rmap import page_add_anon_rmap, page_add_new_anon_rmap
+from mm.rmap import add_mm_counter, page_add_new_anon_rmap, page_dup_rmap
 from mm.sched import current_task
-from mm.swap import get_page, page_maybe_dma_pinned, put_page
+from mm.swap import get_page, lru_cache_add_active, page_maybe_dma_pinned, put_page
 from mm.swap_slots import swap_duplicate
 from mm.swapops import (
     SWP_EXCLUSIVE,
@@ -62,7 +62,7 @@ from mm.types import (
 )
 from mm.typing import Addresses, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import has, places, some
-from mm.vma import insert_vma
+from mm.vma import insert_vma, vma_inherit
 
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
@@ -89,8 +89,7 @@ def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
 def _dup_vma(mm: MmStruct, vma: Vma) -> None:
     """Linux: the loop of dup_mmap(); vm_area_dup(), kernel/fork.c."""
     copy = Vma(mm, vma.vm_start, vma.vm_end, vma.vm_flags & ~VM_LOCKED_MASK, vma.vm_pgoff)
-    copy.vm_file = vma.vm_file
-    copy.vm_policy = vma.vm_policy
+    vma_inherit(copy, vma)
     insert_vma(copy)
     vm_stat_account(mm, copy.vm_flags, vma_pages(copy))
     if not vma.vm_flags & VM_WIPEONFORK:
@@ -165,12 +164,12 @@ def _copy_ptes(dst: Vma, at: Indices, ptes: Ptes) -> tuple[Ptes, Indices]:
 
     mapped = (mapped | private) & ~pinned
     get_page(mem, pfns[mapped | pinned])
-    page_add_anon_rmap(dst, pfns[mapped])
+    page_dup_rmap(dst, pfns[mapped])
     with mem.locks.atomic:
         mem.flags[pfns[mapped]] &= _NOT_EXCLUSIVE
     swap_duplicate(mem.swap, swp_offset(ptes[swapped]))
     dst.vm_mm.swapents += int(np.count_nonzero(swapped))
-    dst.vm_mm.anon_rss += int(np.count_nonzero(mapped | moving))
+    add_mm_counter(dst, np.where(moving, swp_offset(ptes), pfns)[mapped | moving], 1)
 
     shared = np.where(present, ptes & _NOT_WRITABLE, make_readable(ptes) & _SHARED_SLOT)
     copied = np.where(present, shared & _NOT_ACCESSED, shared)

@@ -199,21 +199,14 @@ class File:
         *mode*: words between bars, "" for none, or FALLOC_FL_*. Raises InvalidArgument,
         NotSupported, NoSpace. Linux: fallocate(2).
         """
-        fallocate = self._can("fallocate", self.f_op.fallocate, FMODE_WRITE)
+        self._can("fallocate", self.f_op.fallocate, FMODE_WRITE)
         size = memparse(nbytes)
         if isinstance(mode, str):
             words = set(mode.split("|")) - {""}
             if words - _FALLOCATE.keys():
                 raise NotSupported(f"fallocate: {mode!r} is not of {'|'.join(_FALLOCATE)}")
             mode = sum(_FALLOCATE[word] for word in words)
-        if mode & FALLOC_FL_PUNCH_HOLE and not mode & FALLOC_FL_KEEP_SIZE:
-            raise NotSupported("fallocate: punch_hole goes with keep_size")
-        if pos < 0 or size <= 0:
-            raise InvalidArgument(f"fallocate: {size} bytes from {pos} are not in a file")
-        if pos + size > MAX_LFS_FILESIZE:
-            raise FileTooLarge(f"fallocate: no file has bytes up to {pos + size:#x}")
-        with self.f_inode.i_rwsem.write():
-            fallocate(self, mode, pos, size)
+        vfs_fallocate(self, mode, pos, size)
 
     def fsync(self) -> None:
         """Store what has changed; comes back when it is. Raises InputOutputError, NoSpace.
@@ -256,3 +249,20 @@ def fput(file: File) -> None:
         if file.f_op.release is not None:
             file.f_op.release(file)
         iput(file.f_inode)
+
+
+def vfs_fallocate(file: File, mode: int, pos: int, nbytes: int) -> None:
+    """As File.fallocate(), also of a file that is mapped and closed.
+
+    Linux: vfs_fallocate(), fs/open.c.
+    """
+    if file.f_op.fallocate is None:
+        raise NotSupported(f"fallocate: {file!r} is of a kind that has no holes")
+    if mode & FALLOC_FL_PUNCH_HOLE and not mode & FALLOC_FL_KEEP_SIZE:
+        raise NotSupported("fallocate: punch_hole goes with keep_size")
+    if pos < 0 or nbytes <= 0:
+        raise InvalidArgument(f"fallocate: {nbytes} bytes from {pos} are not in a file")
+    if pos + nbytes > MAX_LFS_FILESIZE:
+        raise FileTooLarge(f"fallocate: no file has bytes up to {pos + nbytes:#x}")
+    with file.f_inode.i_rwsem.write():
+        file.f_op.fallocate(file, mode, pos, nbytes)

@@ -11,6 +11,7 @@ from typing import Final
 
 from mm.debug import verify
 from mm.errors import InvalidArgument
+from mm.fs import File
 from mm.gfp import GFP_KERNEL, Gfp
 from mm.memparse import Size, format_size, memparse
 from mm.mm_init import build_nodes
@@ -18,6 +19,7 @@ from mm.page_alloc import alloc_pages_bulk, nr_free_pages
 from mm.page_flags import PG_reserved
 from mm.pgtable import PTRS_PER_PTE
 from mm.process import Process
+from mm.shmem import memfd_create
 from mm.swap import lru_add_drain_all
 from mm.swapfile import swapon
 from mm.types import BYTES_PER_PAGE, MemMap
@@ -85,6 +87,13 @@ class Machine:
         if not 0 <= cpu < len(self.mem.cpu_to_node):
             raise InvalidArgument(f"cpu {cpu}: this machine has {len(self.mem.cpu_to_node)}")
         return Process(self.mem, name, cpu)
+
+    def memfd_create(self, name: str = "") -> File:
+        """An empty file in memory, gone when nobody has it open or maps it any more.
+
+        File.truncate() gives it its size. Linux: memfd_create(2).
+        """
+        return memfd_create(self.mem, name)
 
     @property
     def vmstat(self) -> VmStat:

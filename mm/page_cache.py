@@ -104,41 +104,44 @@ def pages_at(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:
 # Enter and leave --------------------------------------------------------------------------------
 
 
-def add_to_page_cache_locked(
-    mapping: AddressSpace, pfns: Pfns, indexes: Indices, expected: Entries | None = None
+def page_cache_store(
+    mapping: AddressSpace, pfns: Pfns, indexes: Indices, expected: Entries | int
 ) -> Mask:
-    """Let fresh *pfns* be the pages at *indexes* (distinct); they are locked then.
+    """Let locked *pfns* be the pages at *indexes* (distinct), where the entries are *expected*.
 
-    False where there is a page already or, with *expected*, anything but that entry. Without, what
-    the shadow of a page says that was there before is heeded.
-    Linux: __add_to_page_cache_locked(), mm/filemap.c.
+    False where they are not. Linux: shmem_add_to_page_cache(), mm/shmem.c.
     """
     mem = mapping.mem
     with mem.locks.atomic:
-        old = mapping.i_pages.load(indexes)
-        free = old <= 0 if expected is None else old == expected
+        free = mapping.i_pages.load(indexes) == expected
         if not every(free):
-            pfns, indexes, old = pfns[free], indexes[free], old[free]
+            pfns, indexes = pfns[free], indexes[free]
         if pfns.size:
-            lock_new_page(mem, pfns)
             get_page(mem, pfns)
             mem.mapping[rows(pfns)] = mapping.number << 2
             mem.index[rows(pfns)] = indexes
             mapping.i_pages.store(indexes, pfns)
             _count_file_pages(mem, pfns, 1)
-            shadowed = xa_is_value(old)
-            if expected is None and some(shadowed):
-                workingset_refault(mem, pfns[shadowed], xa_to_value(old[shadowed]))
     return free
 
 
 def add_to_page_cache_lru(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:
-    """As add_to_page_cache_locked(); on their way to an LRU list as well.
+    """Let fresh *pfns* be the pages at *indexes* (distinct), locked, on their way to an LRU list.
 
-    Linux: add_to_page_cache_lru(), mm/filemap.c.
+    False where there is a page already. A value is the shadow of a page that was there before, and
+    is heeded. Linux: add_to_page_cache_lru(), mm/filemap.c.
     """
-    added = add_to_page_cache_locked(mapping, pfns, indexes)
-    lru_cache_add(mapping.mem, pfns if every(added) else pfns[added], current_task().cpu)
+    mem = mapping.mem
+    with mem.locks.atomic:
+        old = mapping.i_pages.load(indexes)
+        added = old <= 0
+        mine = pfns if every(added) else pfns[added]
+        lock_new_page(mem, mine)
+        page_cache_store(mapping, mine, indexes[added], old[added])
+        shadowed = added & xa_is_value(old)
+        if some(shadowed):
+            workingset_refault(mem, pfns[shadowed], xa_to_value(old[shadowed]))
+    lru_cache_add(mem, mine, current_task().cpu)
     return added
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.buffer_head import BufferHeads
+from mm.errors import InvalidArgument
 from mm.highmem import reserve_payload
 from mm.locking import Locks, RwSemaphore, SpinLock
 from mm.mmzone import Node, PageStack, Zone
@@ -171,6 +172,13 @@ def page_anon(mem: MemMap, pfns: Pfns) -> Mask:
     return (mem.mapping[pfns] & _ANON).astype(np.bool_)
 
 
+def payload_of(mem: MemMap) -> Payload:
+    """The contents of all frames. Raises InvalidArgument on a machine that keeps none."""
+    if mem.payload is None:
+        raise InvalidArgument("this machine keeps no contents; boot it with payload=True")
+    return mem.payload
+
+
 def page_mapping(mem: MemMap, pfn: int) -> AddressSpace | None:
     """The page cache that *pfn* is in, None for an anonymous page or one that nobody has.
 
@@ -268,14 +276,13 @@ class VmOperations:
                                       are at places *at* of the table pool; True where it did
     page_mkwrite(vma, pfns)           locked pages are about to be stored to for the first time
                                       since they were clean; a VmFault for each that may not be
-    set_policy(vma, start, end, policy), get_policy(vma, addr)  memory policies of the file itself
+    set_policy(vma, start, end, policy)  new pages of the file come by *policy* there
     """
 
     fault: Callable[[Vma, Addresses, Indices, bool], tuple[Pfns, Faults]]
     map_pages: Callable[[Vma, Addresses, Indices], Mask] | None = None
     page_mkwrite: Callable[[Vma, Pfns], Faults] | None = None
     set_policy: Callable[[Vma, int, int, Any], None] | None = None
-    get_policy: Callable[[Vma, Addresses], Any] | None = None
 
 
 VM_READ: Final = 0x00000001
@@ -322,6 +329,27 @@ def vm_get_page_prot(vm_flags: int) -> Word:
     if vm_flags & VM_SHARED and vm_flags & VM_WRITE:
         prot |= _PAGE_RW
     return word(prot)
+
+
+def vma_set_page_prot(vma: Vma) -> None:
+    """Give *vma* what its flags say, without the right to store where a store must fault first.
+
+    Linux: vma_set_page_prot(), mm/mmap.c.
+    """
+    notify = vma_wants_writenotify(vma)
+    vma.vm_page_prot = vm_get_page_prot(vma.vm_flags & ~VM_SHARED if notify else vma.vm_flags)
+
+
+def vma_wants_writenotify(vma: Vma) -> bool:
+    """True for a shared mapping whose file, or who watches it, wants to know of the first store.
+
+    Linux: vma_wants_writenotify(), mm/mmap.c.
+    """
+    if vma.vm_flags & (VM_WRITE | VM_SHARED) != VM_WRITE | VM_SHARED:
+        return False
+    if vma.vm_ops is not None and vma.vm_ops.page_mkwrite is not None:
+        return True
+    return not vma.vm_flags & VM_SOFTDIRTY
 
 
 _DIRTIED: Final = word(_PAGE_DIRTY | _PAGE_SOFT_DIRTY)

@@ -21,6 +21,7 @@ VMSTAT_NAMES: Final = (
     "nr_unevictable",
     "nr_mlock",  # pages that some VM_LOCKED mapping keeps in memory
     "nr_isolated_anon",  # taken off a list by somebody who moves them
+    "nr_isolated_file",
     "nr_anon_pages",  # mapped anonymous pages, device memory included
     "nr_mapped",  # mapped pages of the page cache
     "nr_file_pages",  # pages of the page cache, the swap cache included

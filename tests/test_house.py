@@ -34,7 +34,8 @@ OURS = {
         "swap": "lru_pages",
         "swapops": "swp_type swp_offset",
         "typing": "pages word number",
-        "uaccess": "access_pages page_range payload_of gather_from_user scatter_to_user",
+        "types": "payload_of",
+        "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
             "stretches"
