@@ -322,11 +322,11 @@ def try_to_free_buffers(mapping: AddressSpace, pfns: Pfns) -> Mask:
     """
     mem = mapping.mem
     with mem.locks.atomic:
-        rows = mem.private[pfns]
-        busy = (mem.buffers.b_state[rows] & _BUSY).any(axis=1) | has(mem.flags[pfns], PG_writeback)
-        freed = pfns[~busy]
+        private = page_has_private(mem, pfns)
+        busy = (mem.buffers.b_state[mem.private[pfns]] & _BUSY).any(axis=1) & private
+        freed = pfns[private & ~busy]
         cancel_dirty_page(mapping, freed)
-        mem.buffers.free(rows[~busy])
+        mem.buffers.free(mem.private[freed])
         mem.private[freed] = 0
         mem.flags[freed] &= _NOT_PRIVATE
     put_page(mem, freed)

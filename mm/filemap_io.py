@@ -25,8 +25,8 @@ from mm.page_flags import PG_uptodate
 from mm.sched import current_task
 from mm.swap import mark_page_accessed, put_page
 from mm.types import AddressSpace, MemMap, Vma, VmFault, payload_of
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Payload, Pfns
-from mm.vectors import has, places, stretches
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Payload, Pfns, pages
+from mm.vectors import has, places, some, stretches
 
 _BLOCK: Final = 1 << 11  # pages that one step reads or writes
 
@@ -37,6 +37,17 @@ def read_cache_pages(mapping: AddressSpace, indexes: Indices) -> tuple[Pfns, Fau
     In the second vector MAJOR for what was read, and why a page is not there: SIGBUS where it
     cannot be read, OOM, RETRY. Linux: read_cache_pages(), mm/readahead.c.
     """
+    pfns, faults = _find_or_create_pages(mapping, indexes)
+    got = places(pfns >= 0)
+    stale = got[~has(mapping.mem.flags[pfns[got]], PG_uptodate)]
+    if stale.size:
+        faults[stale] = VmFault.MAJOR
+        _read_locked(mapping, pfns, faults, stale)
+    return pfns, faults
+
+
+def _find_or_create_pages(mapping: AddressSpace, indexes: Indices) -> tuple[Pfns, Faults]:
+    """As read_cache_pages(), with fresh pages as they come. Linux: pagecache_get_page()."""
     mem, cpu = mapping.mem, current_task().cpu
     faults = np.zeros(indexes.size, dtype=np.uint16)
     pfns = find_lock_pages(mapping, indexes)
@@ -48,12 +59,36 @@ def read_cache_pages(mapping: AddressSpace, indexes: Indices) -> tuple[Pfns, Fau
         added = add_to_page_cache_lru(mapping, frames, indexes[absent])
         put_page(mem, frames[~added], cpu)
         pfns[absent[added]] = frames[added]
-    got = places(pfns >= 0)
-    stale = got[~has(mem.flags[pfns[got]], PG_uptodate)]
-    if stale.size:
-        faults[stale] = VmFault.MAJOR
-        _read_locked(mapping, pfns, faults, stale)
     return pfns, faults
+
+
+def grab_cache_pages(mapping: AddressSpace, indexes: Indices) -> Pfns:
+    """The pages at *indexes* (distinct), locked, with a reference, to be written to.
+
+    Only the first of them where memory is short; none where there is none. Their contents need
+    not be there. Linux: grab_cache_page_write_begin(), mm/filemap.c.
+    """
+    while True:
+        pfns, faults = _find_or_create_pages(mapping, indexes)
+        count = int((pfns < 0).argmax()) if some(pfns < 0) else pfns.size
+        beyond = pfns[count:][pfns[count:] >= 0]
+        unlock_page(mapping.mem, beyond)
+        put_page(mapping.mem, beyond)
+        if count or not faults.item(0) & VmFault.RETRY:
+            return pfns[:count]
+
+
+def read_mapping_page(file: object, mapping: AddressSpace, index: int) -> Pfns:
+    """The page at *index*, up to date, locked, with a reference, for *file*.
+
+    Raises InputOutputError, OutOfMemory. Linux: read_mapping_page(), include/linux/pagemap.h.
+    """
+    while True:
+        pfns, faults = read_cache_pages(mapping, pages(index))
+        if pfns.item() >= 0:
+            return pfns
+        if not faults.item() & VmFault.RETRY:
+            raise _failure("read", file, VmFault(faults.item()))
 
 
 def force_page_cache_readahead(mapping: AddressSpace, first: int, stop: int) -> None:
@@ -118,7 +153,7 @@ def generic_file_read(file: File, pos: int, nbytes: int) -> bytes:
     return out.tobytes()
 
 
-def _failure(call: str, file: File, fault: VmFault) -> MmError:
+def _failure(call: str, file: object, fault: VmFault) -> MmError:
     if fault & VmFault.OOM:
         return OutOfMemory(f"{call}: no frame for a page of {file!r}; unmap something")
     return InputOutputError(f"{call}: a page of {file!r} cannot be read from where it is stored")

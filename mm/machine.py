@@ -6,9 +6,11 @@ verify the lot.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Final
 
+from mm.blockfs import BlockFs, mount
 from mm.debug import verify
 from mm.errors import InvalidArgument
 from mm.fs import File
@@ -94,6 +96,21 @@ class Machine:
         File.truncate() gives it its size. Linux: memfd_create(2).
         """
         return memfd_create(self.mem, name)
+
+    def mount(
+        self, path: str | os.PathLike[str], block_size: Size | None = None, size: Size | None = None
+    ) -> BlockFs:
+        """Mount the file system in the host's file *path*; what it has is read and written there.
+
+        Where there is no such file one is made, of *size* (64 MiB) in blocks of *block_size*
+        (4 KiB). Raises InvalidArgument, Corrupted, InputOutputError, Busy. Linux: mount(2).
+        """
+        return mount(self.mem, path, block_size, size)
+
+    def sync(self) -> None:
+        """Have all that was stored in files on their devices. Linux: sync(2)."""
+        for fs in tuple(self.mem.super_blocks):
+            fs.sync()
 
     @property
     def vmstat(self) -> VmStat:

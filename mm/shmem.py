@@ -33,6 +33,7 @@ from mm.fs import (
 )
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.mempolicy import Mempolicy, alloc_pages_mpol, get_task_policy
+from mm.migrate import migrate_file_page
 from mm.page_cache import (
     find_lock_pages,
     page_cache_delete,
@@ -235,6 +236,7 @@ def shmem_undo_range(mapping: AddressSpace, start: int, end: int) -> None:
         pfns, faults = shmem_getpage(mapping, index, SgpType.READ)
         while faults.item() & VmFault.RETRY:
             pfns, faults = shmem_getpage(mapping, index, SgpType.READ)
+        set_page_dirty(mapping.mem, pfns[pfns >= 0])
         zero_partial_page(mapping, pfns[pfns >= 0], offset % PAGE_SIZE, nbytes)
 
 
@@ -445,6 +447,7 @@ shmem_aops: Final = AddressSpaceOperations(
     writepage=shmem_writepage,
     write_begin=shmem_write_begin,
     write_end=shmem_write_end,
+    migratepage=migrate_file_page,
 )
 shmem_vm_ops: Final = VmOperations(
     fault=shmem_fault, map_pages=filemap_map_pages, set_policy=shmem_set_policy

@@ -21,13 +21,13 @@ from mm.page_cache import (
     cancel_dirty_page,
     delete_from_page_cache,
     find_lock_pages,
-    set_page_dirty,
 )
 from mm.page_flags import PG_dirty
 from mm.swap import put_page
 from mm.types import AddressSpace, vma_pages
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Pfns, pages
 from mm.vectors import has, places, some, stretches
+from mm.writeback import wait_on_page_writeback
 from mm.xarray import Entries, xa_is_value
 from mm.zap import zap_page_range
 
@@ -83,11 +83,11 @@ def zero_partial_page(mapping: AddressSpace, pfns: Pfns, offset: int, nbytes: in
     mem = mapping.mem
     if not pfns.size:
         return
+    wait_on_page_writeback(mem, pfns)
     if mem.payload is not None:
         mem.payload[pfns, offset : offset + nbytes] = 0
     if mapping.a_ops.invalidatepage is not None:
         mapping.a_ops.invalidatepage(mapping, pfns, offset, nbytes)
-    set_page_dirty(mem, pfns)
     unlock_page(mem, pfns)
     put_page(mem, pfns)
 
@@ -121,6 +121,7 @@ def truncate_pages(mapping: AddressSpace, pfns: Pfns) -> None:
     if not pfns.size:
         return
     unmap_mapping_pages(mapping, pfns)
+    wait_on_page_writeback(mem, pfns)
     if mapping.a_ops.invalidatepage is not None:
         mapping.a_ops.invalidatepage(mapping, pfns, 0, PAGE_SIZE)
     cancel_dirty_page(mapping, pfns)
@@ -174,6 +175,7 @@ def invalidate_inode_pages2_range(mapping: AddressSpace, start: int, end: int) -
     found = find_lock_pages(mapping, indexes[~values])
     pfns = found[found >= 0]
     unmap_mapping_pages(mapping, pfns)
+    wait_on_page_writeback(mem, pfns)
     held = ~has(mem.flags[pfns], PG_dirty)
     if mapping.a_ops.releasepage is not None:
         held[held] = mapping.a_ops.releasepage(mapping, pfns[held])

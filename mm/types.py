@@ -135,6 +135,7 @@ class MemMap:
         self.swap = SwapInfo(0, self.locks, payload=False)  # the swap area
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
+        self.super_blocks: list[Any] = []  # every BlockFs of mm/blockfs.py that is mounted
         self.mappings: dict[int, AddressSpace] = {}  # page caches, by the number in `mapping`
         self.next_mapping = 1
         self.buffers = BufferHeads()  # of pages whose files are on a block device
@@ -228,7 +229,8 @@ class AddressSpaceOperations:
     Linux: struct address_space_operations, include/linux/fs.h.
 
     readpages(mapping, pfns)              fill them; True where they are up to date now
-    writepage(mapping, pfns)              write them, as reclaim wants; True where one is clean now
+    writepage(mapping, pfns)              write them, if dirty; True where one is stored now, False
+                                          where it is dirty still, or on its way (PG_writeback)
     set_page_dirty(mapping, pfns)         their contents differ from what is stored
     write_begin(file, pos, nbytes)        pages to write to, locked and with a reference, ascending
     write_end(file, pos, nbytes, pfns)    they are written to; unlock them and drop the references
