@@ -18,6 +18,8 @@ import errno
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from mm.errors import Deadlock, InputOutputError, KernelBug, MmError, NoSpace
 from mm.errseq import errseq_check, errseq_check_and_advance, errseq_set
 from mm.filemap import lock_page, trylock_page, unlock_page
@@ -222,13 +224,11 @@ def _write_batch(mapping: AddressSpace, indexes: Indices, pfns: Pfns, sync_mode:
             wait_on_page_writeback(mem, pfns[dirty])
         else:
             dirty &= ~has(mem.flags[pfns], PG_writeback)
-        going = pfns[dirty]
-        clear_page_dirty_for_io(mapping, going)
         assert mapping.a_ops.writepage is not None
-        mapping.a_ops.writepage(mapping, going)
+        mapping.a_ops.writepage(mapping, pfns[dirty])
     finally:
         unlock_page(mem, pfns)
-    return going.size
+    return int(np.count_nonzero(dirty))
 
 
 def find_get_pages_tag(
