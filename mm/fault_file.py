@@ -24,13 +24,13 @@ from mm.highmem import copy_highpages
 from mm.mempolicy import alloc_pages_vma
 from mm.page_cache import find_get_pages, pages_at, set_page_dirty
 from mm.page_flags import PG_uptodate
-from mm.pgtable import mk_pte, pte_none, pte_pfn, pte_present, pte_write
+from mm.pgtable import PTRS_PER_PTE, mk_pte, pte_none, pte_pfn, pte_present, pte_write
 from mm.rmap import add_mm_counter, page_add_file_rmap, page_add_new_anon_rmap
 from mm.sched import current_task
 from mm.swap import get_page, lru_cache_add_active, put_page
 from mm.types import VM_SHARED, Vma, VmFault, linear_page_index, maybe_mkwrite
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, word
-from mm.vectors import every, has, places, some
+from mm.vectors import every, has, places
 
 FAULT_AROUND_BYTES: Final = 16 * PAGE_SIZE  # a load maps what is in memory of a window so large
 
@@ -57,11 +57,9 @@ def do_read_fault(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
     faults = np.zeros(addrs.size, dtype=np.uint16)
     left = np.arange(addrs.size)
     if vma.vm_ops.map_pages is not None:
-        around = do_fault_around(vma, addrs, at)
-        if some(around):
-            same_window = addrs[1:] // FAULT_AROUND_BYTES == addrs[:-1] // FAULT_AROUND_BYTES
-            faults[1:][around[1:] & same_window] = VmFault.RETRY
-            left = places(~around)
+        mapped, by_others = do_fault_around(vma, addrs, at)
+        faults[by_others] = VmFault.RETRY
+        left = places(~mapped)
     if left.size:
         pgoffs = linear_page_index(vma, addrs[left])
         pfns, faults[left] = vma.vm_ops.fault(vma, addrs[left], pgoffs, False)
@@ -69,22 +67,57 @@ def do_read_fault(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
     return faults
 
 
-def do_fault_around(vma: Vma, addrs: Addresses, at: Indices) -> Mask:
-    """Map what is in memory of the windows that *addrs* are in; True for those that are mapped now.
+def do_fault_around(vma: Vma, addrs: Addresses, at: Indices) -> tuple[Mask, Mask]:
+    """Map what is in memory around *addrs*: which of them are mapped now, which by others' faults.
 
-    Linux: do_fault_around(), mm/memory.c.
+    A window begins at a multiple of its size, or with *vma*: then it reaches into the next one,
+    where only what it has left unmapped faults. Linux: do_fault_around(), mm/memory.c.
+    """
+    begin = _window(addrs[:1]).item()
+    if begin >= vma.vm_start:
+        return _map_around(vma, addrs, at)
+    mapped, by_others = np.zeros((2, addrs.size), dtype=np.bool_)
+    near = slice(0, int(addrs.searchsorted(vma.vm_start + FAULT_AROUND_BYTES)))
+    first = np.arange(near.stop) == 0
+    mapped[near] = _map_windows(vma, addrs[near], at[near], first, np.array([vma.vm_start]))
+    by_others[1:] = mapped[1:]
+    rest = places(~mapped & (addrs >= begin + FAULT_AROUND_BYTES))
+    if rest.size:
+        mapped[rest], by_others[rest] = _map_around(vma, addrs[rest], at[rest])
+    return mapped, by_others
+
+
+def _window(addrs: Addresses) -> Addresses:
+    return addrs // FAULT_AROUND_BYTES * FAULT_AROUND_BYTES
+
+
+def _map_around(vma: Vma, addrs: Addresses, at: Indices) -> tuple[Mask, Mask]:
+    """As do_fault_around(), where no window is cut short at its beginning."""
+    starts = _window(addrs)
+    first = np.ones(addrs.size, dtype=np.bool_)
+    first[1:] = starts[1:] != starts[:-1]
+    mapped = _map_windows(vma, addrs, at, first, starts[first])
+    return mapped, mapped & ~first
+
+
+def _map_windows(vma: Vma, addrs: Addresses, at: Indices, first: Mask, starts: Addresses) -> Mask:
+    """Map what is in memory of the windows at *starts*, each of which *addrs* reach *first*.
+
+    A window ends with *vma*, or with its page table. True for those of *addrs* that are mapped.
     """
     assert vma.vm_ops is not None
     assert vma.vm_ops.map_pages is not None
-    starts = addrs // FAULT_AROUND_BYTES
-    first = np.concatenate(([0], places(starts[1:] != starts[:-1]) + 1))
-    window = np.arange(0, FAULT_AROUND_BYTES, PAGE_SIZE)
-    around = starts[first, np.newaxis] * FAULT_AROUND_BYTES + window
-    # All of a window is in one page table.
-    near = at[first, np.newaxis] + ((around - addrs[first, np.newaxis]) >> PAGE_SHIFT)
-    inside = (around >= vma.vm_start) & (around < vma.vm_end)
+    begin = at[first] - ((addrs[first] - starts) >> PAGE_SHIFT)
+    pages = np.arange(FAULT_AROUND_BYTES >> PAGE_SHIFT)
+    near = begin[:, np.newaxis] + pages
+    around = starts[:, np.newaxis] + (pages << PAGE_SHIFT)
+    inside = (around < vma.vm_end) & (near // PTRS_PER_PTE == begin[:, np.newaxis] // PTRS_PER_PTE)
     around, near = around[inside], near[inside]
-    return vma.vm_ops.map_pages(vma, around, near)[around.searchsorted(addrs)]
+    mapped = np.zeros(addrs.size, dtype=np.bool_)
+    reached = addrs <= around[-1]
+    there = vma.vm_ops.map_pages(vma, around, near)
+    mapped[reached] = there[around.searchsorted(addrs[reached])]
+    return mapped
 
 
 def filemap_map_pages(vma: Vma, addrs: Addresses, at: Indices) -> Mask:

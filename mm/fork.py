@@ -90,7 +90,7 @@ def _dup_vma(mm: MmStruct, vma: Vma) -> None:
     """Linux: the loop of dup_mmap(); vm_area_dup(), kernel/fork.c."""
     copy = Vma(mm, vma.vm_start, vma.vm_end, vma.vm_flags & ~VM_LOCKED_MASK, vma.vm_pgoff)
     vma_inherit(copy, vma)
-    insert_vma(copy)
+    insert_vma(copy, vma)
     vm_stat_account(mm, copy.vm_flags, vma_pages(copy))
     if not vma.vm_flags & VM_WIPEONFORK:
         anon_vma_fork(copy, vma)

@@ -279,8 +279,21 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
         entries[at] = unmap_to_migration_entries(vma, entries[at], found)
         return found
 
-    for vma, which, addrs in rmap_walk(mem, pfns):
+    for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
         _unmap_from(vma, pfns[which], addrs, migrate)
+
+
+def _rmap_walk_mapped(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
+    """As rmap_walk(), without the pages that the caller has unmapped from all VMAs by then.
+
+    Whoever listens to the others hears nothing. Linux: page_not_mapped() as rwc.done, mm/rmap.c.
+    """
+    for mapping in rmap_walk(mem, pfns):
+        mapped = page_mapped(mem, pfns[mapping.pages])
+        if every(mapped):
+            yield mapping
+        elif some(mapped):
+            yield Mapping(mapping.vma, mapping.pages[mapped], mapping.addrs[mapped])
 
 
 def _unmap_from(
@@ -314,7 +327,7 @@ def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns) -> None:
     memory do, the caller sees it in mapcount. A page of a file leaves nothing behind: whoever
     wants it finds it by its offset. Linux: try_to_unmap(), TTU_BATCH_FLUSH, mm/rmap.c.
     """
-    for vma, which, addrs in rmap_walk(mem, pfns):
+    for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
         if not vma.vm_flags & VM_LOCKED:
             anon = vma.vm_file is None or page_anon(mem, pfns[which[:1]]).item()
             _unmap_from(

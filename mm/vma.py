@@ -69,15 +69,19 @@ def _vm_end(vma: Vma) -> int:
     return vma.vm_end
 
 
-def insert_vma(vma: Vma) -> None:
+def insert_vma(vma: Vma, parent: Vma | None = None) -> None:
     """Enter *vma*, which overlaps no other, in its address space, and list it where its file's
-    pages look for who maps them. Linux: vma_link(), mm/mmap.c."""
+    pages look for who maps them, right after *parent* if that is given.
+
+    Linux: vma_link(), mm/mmap.c; vma_interval_tree_insert_after(), mm/interval_tree.c.
+    """
     vmas = vma.vm_mm.vmas
     vmas.insert(bisect_right(vmas, vma.vm_start, key=_vm_end), vma)
     if vma.vm_file is not None:
         get_file(vma.vm_file)
         with vma.vm_file.f_mapping.i_mmap_rwsem.write():
-            vma.vm_file.f_mapping.i_mmap.append(vma)
+            i_mmap = vma.vm_file.f_mapping.i_mmap
+            i_mmap.insert(i_mmap.index(parent) + 1 if parent else len(i_mmap), vma)
 
 
 def remove_vma(vma: Vma) -> None:
