@@ -24,6 +24,7 @@ from mm.process import Process
 from mm.shmem import memfd_create
 from mm.swap import lru_add_drain_all
 from mm.swapfile import swapon
+from mm.truncate import invalidate_mapping_pages
 from mm.types import BYTES_PER_PAGE, MemMap
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
 from mm.vmscan import kswapd_init
@@ -111,6 +112,13 @@ class Machine:
         """Have all that was stored in files on their devices. Linux: sync(2)."""
         for fs in tuple(self.mem.super_blocks):
             fs.sync()
+
+    def drop_caches(self) -> int:
+        """Let go of pages of files that nobody needs and that are on their devices; how many.
+
+        Linux: drop_caches_sysctl_handler(), fs/drop_caches.c.
+        """
+        return sum(map(invalidate_mapping_pages, tuple(self.mem.mappings.values())))
 
     @property
     def vmstat(self) -> VmStat:

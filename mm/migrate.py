@@ -315,9 +315,8 @@ def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bo
     """
     status = np.full(pfns.size, -errno.EAGAIN, dtype=np.int32)
     if wait:
-        lock_page(mem, pfns)
+        _lock_written_pages(mem, pfns)
         at = np.arange(pfns.size)
-        wait_on_page_writeback(mem, pfns)
     else:
         at = places(trylock_page(mem, pfns))
         if mem.vmstat["nr_writeback"]:
@@ -339,6 +338,16 @@ def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bo
     remove_migration_ptes(mem, old, np.where(moved, new, old))
     _release(mem, old, new, moved)
     return status
+
+
+def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
+    """Lock *pfns*, which are not on their way to disk then; or raise Deadlock."""
+    lock_page(mem, pfns)
+    try:
+        wait_on_page_writeback(mem, pfns)
+    except BaseException:
+        unlock_page(mem, pfns)
+        raise
 
 
 def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
