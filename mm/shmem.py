@@ -66,7 +66,18 @@ from mm.types import (
     VmOperations,
     vma_pages,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, pages, word
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Faults,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    pages,
+    word,
+)
 from mm.vectors import every, places, some
 from mm.xarray import MAX_INDEX, Entries, xa_is_value, xa_mk_value, xa_to_value
 
@@ -293,10 +304,10 @@ def shmem_swap_usage(vma: Vma) -> int:
 # Files ------------------------------------------------------------------------------------------
 
 
-def shmem_file_read(file: File, pos: int, nbytes: int) -> bytes:
-    """Up to *nbytes* from *pos* on; holes stay holes. Linux: shmem_file_read_iter()."""
+def shmem_file_read(file: File, pos: int, out: Payload) -> int:
+    """Fill *out*, uint8[n], from *pos* on; holes stay holes. Linux: shmem_file_read_iter()."""
     mapping, mem = file.f_mapping, file.f_inode.mem
-    out = np.zeros(max(min(nbytes, file.size - pos), 0), dtype=np.uint8)
+    out[:] = 0
     last = (pos + out.size - 1) >> PAGE_SHIFT if out.size else -1
     for first in range(pos >> PAGE_SHIFT, last + 1, _BLOCK):
         indexes, _ = mapping.i_pages.find(first, min(first + _BLOCK, last + 1))
@@ -305,7 +316,7 @@ def shmem_file_read(file: File, pos: int, nbytes: int) -> bytes:
         copy_pages_to(out, pos, mem, pfns[there], indexes[there])
         mark_page_accessed(mem, pfns[there])
         put_page(mem, pfns[there])
-    return out.tobytes()
+    return out.size
 
 
 def _get_unlocked(mapping: AddressSpace, indexes: Indices, sgp: SgpType) -> Pfns:

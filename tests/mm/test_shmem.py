@@ -10,7 +10,6 @@ from mm.errors import InvalidArgument, NotSupported
 from mm.page_flags import PG_dirty, PG_swapbacked
 from mm.swapops import is_swap_entry
 from mm.types import page_mapping
-from mm.typing import pages
 from tests.files import mapped_file
 from tests.world import mapped_range
 

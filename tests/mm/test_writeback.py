@@ -495,11 +495,11 @@ class TestMigration:
         """A page that a device writes to stays, with its buffers."""
         addr = disk.mmap()
         disk.process.write(addr, b"x")
-        pin = disk.process.pin(addr, PAGE_SIZE)
-        disk.process.move_pages([addr], [1])
-        assert [0] == self.nodes(disk)
+        disk.world.pins.append(disk.process.pin(addr, PAGE_SIZE))
+        disk.process.move_pages([addr + page * PAGE_SIZE for page in range(3)], [1] * 3)
+        assert 0 == disk.mem.page_to_nid(disk.pfns())[0]
         disk.machine.verify()
-        pin.release()
+        disk.world.let_go()
 
 
 class TestBalance:
