@@ -157,8 +157,10 @@ def delete_from_page_cache(mem: MemMap, pfns: Pfns, shadows: Indices | None = No
     In the place of each comes one of *shadows*, where they are given. What was dirty is lost.
     Linux: delete_from_page_cache(), mm/filemap.c.
     """
+    owners = mem.mapping[pfns]
     for mapping, mine in by_mapping(mem, pfns):
-        entries = None if shadows is None else xa_mk_value(shadows[mem.mapping[pfns] != 0])
+        here = owners == mapping.number << 2
+        entries = None if shadows is None else xa_mk_value(shadows[here])
         page_cache_delete(mapping, mine, entries)
         put_page(mem, mine)
 
