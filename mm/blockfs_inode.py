@@ -21,7 +21,7 @@ from mm.buffer import (
 )
 from mm.errors import FileTooLarge, NoSpace, OutOfMemory
 from mm.fault_file import filemap_map_pages
-from mm.filemap import unlock_page
+from mm.filemap import lock_page, unlock_page
 from mm.filemap_io import (
     filemap_fault,
     generic_file_read,
@@ -34,7 +34,7 @@ from mm.migrate import buffer_migrate_page
 from mm.page_flags import PG_dirty, PG_writeback
 from mm.swap import put_page
 from mm.truncate import EVERYTHING, truncate_inode_pages_range, truncate_setsize
-from mm.types import AddressSpace, AddressSpaceOperations, Vma, VmOperations, payload_of
+from mm.types import AddressSpace, AddressSpaceOperations, Vma, VmFault, VmOperations, payload_of
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Faults, Indices, Mask, Pfns, pages
 from mm.vectors import has, some
 from mm.writeback import (
@@ -225,8 +225,21 @@ def blockfs_evict_inode(inode: Inode) -> None:
 
 
 def blockfs_page_mkwrite(vma: Vma, pfns: Pfns) -> Faults:
-    """Find blocks for *pfns*, which are about to be stored to. Linux: ext4_page_mkwrite()."""
-    return block_page_mkwrite(vma, pfns, get_block)
+    """Find blocks for locked *pfns*, which are about to be stored to.
+
+    Where there are none but those that a commit lets go of, the locks are given up for that.
+    Linux: ext4_page_mkwrite(), fs/ext4/inode.c.
+    """
+    inode = vma.vm_file.f_inode
+    faults = block_page_mkwrite(vma, pfns, get_block)
+    if inode.i_sb.freed and some(faults & VmFault.SIGBUS):
+        unlock_page(inode.mem, pfns)
+        try:
+            inode.i_sb.commit()
+        finally:
+            lock_page(inode.mem, pfns)
+        faults = block_page_mkwrite(vma, pfns, get_block)
+    return faults
 
 
 _aops = AddressSpaceOperations(

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from mm.census import Census, Complaints, complain, dirty_in_tables, take_census
-from mm.debug_buffer import check_buffers, check_writeback
+from mm.debug_buffer import check_buffers, check_super_blocks, check_writeback
 from mm.debug_cache import check_files, check_page_cache
 from mm.debug_mm import (
     check_anon_vmas,
@@ -258,6 +258,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_files,
     check_buffers,
     check_writeback,
+    check_super_blocks,
     check_entries,
     check_anon_vmas,
     check_vmas,

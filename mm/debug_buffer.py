@@ -6,6 +6,8 @@ import os
 
 import numpy as np
 
+from mm.blockfs_inode import BlockInode
+from mm.blockfs_super import BlockSuper
 from mm.buffer_head import NO_BLOCK, BH_Async_Write, BH_Dirty, BH_Mapped, BH_Uptodate
 from mm.census import Census, Complaints, complain, dirty_in_tables
 from mm.fs import PAGECACHE_TAG_WRITEBACK
@@ -13,7 +15,7 @@ from mm.page_cache import page_in_cache
 from mm.page_flags import PG_dirty, PG_locked, PG_private, PG_uptodate, PG_writeback
 from mm.types import AddressSpace, MemMap
 from mm.typing import PAGE_SIZE, Pfns
-from mm.vectors import has
+from mm.vectors import has, joined
 from mm.xarray import MAX_INDEX
 
 
@@ -56,11 +58,12 @@ def _check_contents(mapping: AddressSpace, pfns: Pfns) -> Complaints:
         return
     rows, size = mem.private[pfns], 1 << mapping.host.i_blkbits
     states = mem.buffers.b_state[rows, : PAGE_SIZE // size]
+    numbers = mem.buffers.b_blocknr[rows, : PAGE_SIZE // size]
     good = (states & (BH_Mapped | BH_Uptodate)) == BH_Mapped | BH_Uptodate
-    numbers = mem.buffers.b_blocknr[rows, : PAGE_SIZE // size][good]
+    good &= numbers != NO_BLOCK
     found = mem.payload[pfns].reshape(*good.shape, size)[good]
-    fd = mapping.host.i_sb.s_bdev.fd
-    for number, page, block in zip(numbers.tolist(), pfns[good.nonzero()[0]], found, strict=True):
+    fd, pages = mapping.host.i_sb.s_bdev.fd, pfns[good.nonzero()[0]]
+    for number, page, block in zip(numbers[good].tolist(), pages, found, strict=True):
         if os.pread(fd, size, number * size) != block.tobytes():
             yield f"contents: page {page:#x}: clean, yet block {number:#x} holds something else"
 
@@ -78,3 +81,40 @@ def check_writeback(mem: MemMap, census: Census) -> Complaints:
     if not mem.vmstat["nr_writeback"] == tagged == count:
         what = f"{count} pages are under writeback, {tagged} tagged so"
         yield f"nr_writeback: says {mem.vmstat['nr_writeback']}, {what}"
+
+
+def check_super_blocks(mem: MemMap, census: Census) -> Complaints:
+    """Each block of a mounted device has one owner, if any; buffers name the blocks of their file.
+
+    What is in memory of a file has the size that the next commit gives it.
+    """
+    for fs in mem.super_blocks:
+        sb: BlockSuper = fs.super
+        files = sb.files.values()
+        taken = [np.arange(sb.layout.data), *sb.freed]
+        taken += [blocks for file in files for blocks in (file.extents.blocks(), file.chain)]
+        owners = np.bincount(joined(taken), minlength=sb.used.size)
+        blocks = np.arange(owners.size)
+        yield from complain("used", blocks, owners > 1, f"more than one owner in {fs!r}", "block")
+        yield from complain("used", blocks, sb.used != (owners > 0), f"of {fs!r}", "block")
+        lost = [n for n, ino in sb.names.items() if ino not in sb.files or sb.files[ino].name != n]
+        if lost:
+            yield f"names: {fs!r} has no files {lost}"
+        for ino, inode in fs.inodes.items():
+            if inode.i_size != sb.files[ino].size:
+                yield f"i_size: {inode!r} of {fs!r} is to have {sb.files[ino].size:#x} bytes"
+            yield from _check_numbers(inode)
+
+
+def _check_numbers(inode: BlockInode) -> Complaints:
+    mem, heads = inode.mem, inode.mem.buffers
+    _, pfns = inode.i_mapping.i_pages.find(0, MAX_INDEX)
+    pfns = pfns[pfns > 0]
+    pfns = pfns[has(mem.flags[pfns], PG_private) & ~has(mem.flags[pfns], PG_locked)]
+    pfns = pfns[(mem.private[pfns] >= 0) & (mem.private[pfns] < heads.b_page.size)]
+    of_a_page = PAGE_SIZE >> inode.i_blkbits
+    numbers = heads.b_blocknr[mem.private[pfns], :of_a_page]
+    blocks = mem.index[pfns][:, None] * of_a_page + np.arange(of_a_page)
+    found = inode.i_sb.files[inode.i_ino].extents.lookup(blocks.reshape(-1)).reshape(blocks.shape)
+    wrong = ((numbers != NO_BLOCK) & (numbers != found)).any(axis=1)
+    yield from complain("b_blocknr", pfns, wrong, f"not where {inode!r} has that block")

@@ -277,7 +277,8 @@ class VmOperations:
     map_pages(vma, addrs, at)         map what is in memory of the ascending *addrs*, whose entries
                                       are at places *at* of the table pool; True where it did
     page_mkwrite(vma, pfns)           locked pages are about to be stored to for the first time
-                                      since they were clean; a VmFault for each that may not be
+                                      since they were clean; a VmFault for each that may not be.
+                                      It may unlock them for a while
     set_policy(vma, start, end, policy)  new pages of the file come by *policy* there
     """
 

@@ -19,7 +19,7 @@ OURS = {
             "check_swap"
         ),
         "debug_cache": "check_page_cache check_files",
-        "debug_buffer": "check_buffers check_writeback",
+        "debug_buffer": "check_buffers check_writeback check_super_blocks",
         "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
         "census": "take_census used_entries complain dirty_in_tables",
     },
