@@ -39,6 +39,7 @@ from mm.memparse import Size, format_size, memparse
 from mm.mempolicy import alloc_pages_vma
 from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
 from mm.mmap import find_vma, vmas_in
+from mm.page_cache import set_page_dirty
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
 from mm.process import Process
@@ -275,17 +276,22 @@ class DeviceMemory(ABC):
     def close(self) -> None:
         """Evict everything and take the device away; a second call does nothing.
 
-        Raises Busy, and the device stays, where a page cannot leave.
+        Raises Busy, and the device stays, where a page cannot leave, or is just coming.
         """
         if self.closed:
             return
-        self.evict(np.arange(self.npages))
-        devm_memunmap_pages(self.mem, self.zone)
-        for table in self.tables.values():
+        with self.mem.locks.atomic:
+            self.closed = True  # from now on nothing comes here
+        try:
+            self.evict(np.arange(self.npages))
+            devm_memunmap_pages(self.mem, self.zone)
+        except BaseException:
+            self.closed = False
+            raise
+        tables, self.tables = self.tables, {}
+        for table in tables.values():
             if not table.mm.exited:
                 table.close()
-        self.tables.clear()
-        self.closed = True
 
     # What the mm core calls.
 
@@ -313,10 +319,11 @@ class DeviceMemory(ABC):
     ) -> None:
         """Linux: alloc_and_copy() of struct migrate_vma_ops."""
         # What is about to be copied may not change under the copy.
-        moving = places(src & MIGRATE_PFN_MIGRATE)
-        self.table_of(vma.vm_mm).unmap(start + (moving << _SHIFT))
+        table = self.tables.get(vma.vm_mm)
+        if table is not None:
+            table.unmap(start + (places(src & MIGRATE_PFN_MIGRATE) << _SHIFT))
         if private is Direction.TO_DEVICE:
-            self._copy_to_device(src, dst)
+            self._copy_to_device(vma.vm_mm, src, dst)
         else:
             self._copy_to_system(vma, start, src, dst)
 
@@ -345,18 +352,26 @@ class DeviceMemory(ABC):
 
     def table_of(self, mm: MmStruct) -> DevicePageTable:
         """The device's page table for *mm*, made at first use."""
-        if mm not in self.tables:
-            self.tables = {m: table for m, table in self.tables.items() if not m.exited}
-            self.tables[mm] = DevicePageTable(mm, self.owner)
-        return self.tables[mm]
+        table = self.tables.get(mm)
+        if table is None:
+            with self.mem.locks.atomic:
+                self._check_open()
+                self.tables = {m: table for m, table in self.tables.items() if not m.exited}
+                table = self.tables.setdefault(mm, DevicePageTable(mm, self.owner))
+        return table
 
-    def _copy_to_device(self, src: MigratePfns, dst: MigratePfns) -> None:
+    def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> None:
         entries = places(is_migrating(src))
-        pages = self.allocate(entries.size)
-        self._check_allocated(pages, entries.size)
-        self.chunks.take(pages)
-        entries = entries[: pages.size]
-        self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
+            self._check_open()
+            self.table_of(mm)
+            pages = self.allocate(entries.size)
+            self._check_allocated(pages, entries.size)
+            self.chunks.take(pages)
+            entries = entries[: pages.size]
+            self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
+        set_page_dirty(self.mem, self.zone.start_pfn + pages)
         if self.mem.payload is None:
             return
         full = is_valid(src[entries])

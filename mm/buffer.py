@@ -178,8 +178,9 @@ def block_prepare_write(
     buffers.state[has(mapping.mem.flags[pfns], PG_uptodate)] |= BH_Uptodate
     unmapped = touched & ~buffers.of(BH_Mapped)
     fresh = buffers.map(unmapped, get_block, create=True)
-    buffers.state[fresh & buffers.of(BH_Uptodate)] |= BH_Dirty  # a hole that was read
-    fresh &= ~buffers.of(BH_Uptodate)
+    zeros = fresh & buffers.of(BH_Uptodate)  # holes that were read: the device has something else
+    buffers.state[zeros] |= BH_Dirty
+    fresh &= ~zeros
     buffers.state[fresh] |= BH_New
     buffers.memory[buffers.rows_in_memory[fresh & partial]] = 0
     status = buffers.read(partial & buffers.of(BH_Mapped) & ~buffers.of(BH_Uptodate) & ~fresh)
@@ -189,6 +190,7 @@ def block_prepare_write(
     if some(failed):
         _page_zero_new_buffers(buffers, pfns, failed)
     buffers.save()
+    set_page_dirty_nobuffers(mapping, pfns[zeros.any(axis=1)])
     return status
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from mm.census import Census, Complaints, complain, dirty_in_tables, take_census
 from mm.debug_buffer import check_buffers, check_super_blocks, check_writeback
 from mm.debug_cache import check_files, check_page_cache
+from mm.debug_memcg import check_memcgs
 from mm.debug_mm import (
     check_anon_vmas,
     check_entries,
@@ -263,6 +264,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_anon_vmas,
     check_vmas,
     check_notifiers,
+    check_memcgs,
 )
 
 

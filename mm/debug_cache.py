@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from mm.census import Census, Complaints, complain
+from mm.census import Census, Complaints, complain, dirty_in_tables
 from mm.fs import PAGECACHE_TAG_DIRTY, File
 from mm.page_cache import page_in_cache
-from mm.page_flags import PG_dirty, PG_swapbacked, PG_swapcache
+from mm.page_flags import PG_dirty, PG_locked, PG_swapbacked, PG_swapcache
+from mm.shmem import shmem_mapping
 from mm.types import AddressSpace, MemMap, Vma
 from mm.typing import Pfns
 from mm.vectors import joined
-from mm.xarray import MAX_INDEX
+from mm.xarray import MAX_INDEX, xa_is_value, xa_to_value
 
 
 def check_page_cache(mem: MemMap, census: Census) -> Complaints:
@@ -25,10 +26,32 @@ def check_page_cache(mem: MemMap, census: Census) -> Complaints:
         yield from complain("mapping", there, astray, f"not {mapping.host!r}, whose cache has it")
         moved = mem.index[there] != places
         yield from complain("index", there, moved, f"not its place in {mapping.host!r}")
+        if shmem_mapping(mapping):
+            yield from _check_shmem(mem, mapping)
         tagged, entries = mapping.i_pages.find(0, MAX_INDEX, PAGECACHE_TAG_DIRTY)
         clean = (entries <= 0) | (mem.flags[entries] & PG_dirty == 0)
         yield from complain("i_pages", tagged, clean, "tagged dirty, and not so", "index")
     yield from _check_cached(mem, census, joined([pfns for _, pfns in caches]))
+
+
+def _check_shmem(mem: MemMap, mapping: AddressSpace) -> Complaints:
+    """What is in swap has a slot, and what nobody stored to holds zeros."""
+    indexes, entries = mapping.i_pages.find(0, MAX_INDEX)
+    slots = xa_to_value(entries)
+    nowhere = xa_is_value(entries) & ((slots < 1) | (slots >= mem.swap.max))
+    yield from complain("i_pages", indexes, nowhere, "no such slot", "index")
+    pfns = entries[(entries > 0) & (entries < mem.max_pfn)]
+    yield from complain(
+        "flags",
+        pfns,
+        (mem.flags[pfns] & PG_swapbacked) == 0,
+        f"in {mapping.host!r}, not swapbacked",
+    )
+    if mem.payload is not None:
+        clean = (mem.flags[pfns] & (PG_dirty | PG_locked)) == 0
+        clean &= ~dirty_in_tables(mem)[pfns]
+        clean[clean] = mem.payload[pfns[clean]].any(axis=1)
+        yield from complain("contents", pfns, clean, "clean, yet not zeros, and stored nowhere")
 
 
 def _pages_of(mem: MemMap, mapping: AddressSpace) -> tuple[Pfns, Pfns]:

@@ -15,7 +15,7 @@ from mm.locking import NOBODY, current, preempt
 from mm.page_flags import PG_locked
 from mm.types import MemMap
 from mm.typing import Mask, Pfns, word
-from mm.vectors import every, rows
+from mm.vectors import every, keep_bits, rows, set_bits
 
 _UNLOCKED: Final = word(~PG_locked)
 _NOBODY: Final = np.array(NOBODY, dtype=np.uint16)
@@ -28,11 +28,10 @@ def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
     """
     preempt("trylock_page")
     with mem.locks.atomic:
-        which = rows(pfns)
-        unlocked = mem.lock_owner[which] == _NOBODY
-        mine = which if every(unlocked) else rows(pfns[unlocked])
-        mem.flags[mine] |= PG_locked
-        mem.lock_owner[mine] = current()
+        unlocked = mem.lock_owner[rows(pfns)] == _NOBODY
+        mine = pfns if every(unlocked) else pfns[unlocked]
+        set_bits(mem.flags, mine, PG_locked)
+        mem.lock_owner[rows(mine)] = current()
     return unlocked
 
 
@@ -41,10 +40,9 @@ def lock_new_page(mem: MemMap, pfns: Pfns) -> None:
 
     Linux: __SetPageLocked(), include/linux/page-flags.h.
     """
-    which = rows(pfns)
     with mem.locks.atomic:
-        mem.flags[which] |= PG_locked
-        mem.lock_owner[which] = current()
+        set_bits(mem.flags, pfns, PG_locked)
+        mem.lock_owner[rows(pfns)] = current()
 
 
 def page_locked(mem: MemMap, pfns: Pfns) -> Mask:
@@ -97,7 +95,7 @@ def unlock_page(mem: MemMap, pfns: Pfns) -> None:
         if not every(owners):
             wrong = pfns[owners == _NOBODY]
             raise KernelBug(f"unlock_page: not locked: {', '.join(map(hex, wrong[:8].tolist()))}")
-        mem.flags[mine] &= _UNLOCKED
+        keep_bits(mem.flags, pfns, _UNLOCKED)
         mem.lock_owner[mine] = NOBODY
         mem.locks.wake_up()
     preempt("unlock_page")

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from mm.device_exclusive import make_device_exclusive
-from mm.errors import BusError, Busy, HwPoison, InvalidArgument, KernelBug, MmError, NotMapped
+from mm.errors import BusError, Busy, HwPoison, InvalidArgument, MmError, NotMapped
 from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
@@ -60,7 +60,7 @@ from mm.typing import (
     Pfns,
     Ptes,
 )
-from mm.uaccess import MAX_RETRIES, bad_area, mm_fault_error, page_range
+from mm.uaccess import MAX_RETRIES, bad_area, mm_fault_error, page_range, served_in_vain
 from mm.vectors import every, has, places, some
 
 FOLL_WRITE: Final = 1 << 0  # to store to
@@ -275,7 +275,7 @@ def _get_pages_of(vma: Vma, addrs: Addresses, rest: Indices, pin: Pin) -> MmErro
         rounds = rounds + 1 if every(away) else 0
         rest, unshare = rest[away], unshare[away]
         if rounds > MAX_RETRIES:
-            raise KernelBug(f"{mm.name}: page fault at {addrs[rest[0]]:#x} is served in vain")
+            raise served_in_vain(mm, addrs.item(rest.item(0)), "page fault")
         if rounds > 1:
             cond_resched()
         faults = faultin_page(vma, addrs[rest], unshare, pin.gup_flags)

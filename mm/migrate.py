@@ -22,6 +22,7 @@ from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.highmem import copy_highpages
 from mm.locking import cond_resched, preempt
+from mm.memcontrol import mem_cgroup_migrate
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_cache import by_mapping, page_in_cache, replace_in_page_cache
 from mm.page_flags import (
@@ -44,7 +45,7 @@ from mm.swap_state import replace_in_swap_cache
 from mm.swapfile import try_to_free_swap
 from mm.types import AddressSpace, MemMap
 from mm.typing import Errnos, Mask, Pfns, word
-from mm.vectors import every, has, places, rows, some
+from mm.vectors import every, has, keep_bits, places, rows, some
 from mm.writeback import wait_on_page_writeback
 
 # Gives a frame for each page that is to move; for the first of them only, where memory is short.
@@ -89,7 +90,9 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
         alone = mem.refcount[rows(old)] - besides == _ONE
         if some(cached):
             alone[alone] = _leave_swap_cache(mem, new[alone], old[alone])
+        status = np.zeros(old.size, dtype=np.int32)
         if not every(alone):
+            status[~alone] = -errno.EAGAIN
             old, new = old[alone], new[alone]
         moved_old, moved_new = rows(old), rows(new)
         mem.index[moved_new] = mem.index[moved_old]
@@ -97,7 +100,7 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
         if filed is not None:
             filed = filed[alone]
             replace_in_page_cache(mem, new[filed], old[filed])
-    return ~alone * np.int32(-errno.EAGAIN)
+    return status
 
 
 def _leave_swap_cache(mem: MemMap, new: Pfns, old: Pfns) -> Mask:
@@ -112,10 +115,11 @@ def _leave_swap_cache(mem: MemMap, new: Pfns, old: Pfns) -> Mask:
 
 def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
     """Copy what is known about old[i] to new[i]. Linux: migrate_page_states(), mm/migrate.c."""
-    to, frm = rows(new), rows(old)
     with mem.locks.atomic:
-        mem.flags[to] |= mem.flags[frm] & _MOVED_FLAGS
-        mem.flags[frm] &= _KEPT_FLAGS
+        mem.flags[rows(new)] |= mem.flags[rows(old)] & _MOVED_FLAGS
+        keep_bits(mem.flags, old, _KEPT_FLAGS)
+    if mem.memcgs:
+        mem_cgroup_migrate(mem, old, new)
 
 
 def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:

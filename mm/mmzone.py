@@ -75,6 +75,10 @@ class Zone:
     )
     pcp: list[PageStack] = field(default_factory=list)  # one per CPU; order 0
     pgmap: Any = None  # the DevPagemap of mm/types.py behind a ZONE_DEVICE
+    pgalloc: str = field(init=False)  # the counter of what it gives
+
+    def __post_init__(self) -> None:
+        self.pgalloc = f"pgalloc_{self.name.lower()}"
 
 
 class Lru(IntEnum):

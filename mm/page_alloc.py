@@ -37,7 +37,7 @@ from mm.page_flags import NO_FLAGS, PAGE_FLAGS_CHECK_AT_FREE, describe_flags
 from mm.trace import TracePoint
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, Word, pages, word
-from mm.vectors import joined, nr_pieces, pieces
+from mm.vectors import joined, nr_pieces, pieces, some
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
@@ -177,7 +177,6 @@ def get_page_from_freelist(
         spare = zone.nr_free - zone_watermark(zone, gfp, zones[0], wmark)
         if spare > 0 and count > 0:
             part = rmqueue(mem, zone, order, count, spare, cpu)
-            mem.vmstat.add(f"pgalloc_{zone.name.lower()}", part.size)
             zone_statistics(mem, zones[0], zone, part.size, cpu)
             parts.append(part)
             count -= part.size
@@ -192,8 +191,8 @@ def zone_statistics(mem: MemMap, preferred: Zone, zone: Zone, count: int, cpu: i
     Linux: zone_statistics().
     """
     hit, local = zone.nid == preferred.nid, zone.nid == mem.cpu_to_node[cpu]
-    mem.vmstat.add("numa_hit" if hit else "numa_miss", count)
-    mem.vmstat.add("numa_local" if local else "numa_other", count)
+    where = "numa_hit" if hit else "numa_miss", "numa_local" if local else "numa_other"
+    mem.vmstat.add_each((zone.pgalloc, *where), count)
     if not hit:
         mem.vmstat.add("numa_foreign", count)
 
@@ -341,11 +340,11 @@ def check_pages(mem: MemMap, pfns: Pfns, flags: Word, what: str) -> None:
     """
     rows = _rows_of(pfns)
     if (
-        np.count_nonzero(mem.refcount[rows])
-        or np.count_nonzero(mem.mapcount[rows])
-        or np.count_nonzero(mem.mapping[rows])
-        or np.count_nonzero(mem.free_order[rows])
-        or np.count_nonzero(mem.flags[rows] & flags)
+        some(mem.refcount[rows])
+        or some(mem.mapcount[rows])
+        or some(mem.mapping[rows])
+        or some(mem.free_order[rows])
+        or some(mem.flags[rows] & flags)
     ):
         used = mem.refcount[rows] | mem.mapcount[rows] | mem.mapping[rows] | mem.free_order[rows]
         bad = (used != 0) | ((mem.flags[rows] & flags) != 0)

@@ -65,6 +65,7 @@ from mm.unevictable import mlock_new_page, mlock_vma_page, munlock_vma_page
 from mm.vectors import add_at, distinct, every, has, places, rows, some, stretches
 
 _ONE: Final = np.array(1, dtype=np.int32)
+_ZERO: Final = np.array(0, dtype=np.int32)
 _NEW_ANON: Final = word(PG_swapbacked | PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
@@ -186,7 +187,7 @@ def page_remove_rmap(vma: Vma, pfns: Pfns) -> None:
         which = rows(pfns)
         left = mem.mapcount[which] - _ONE
         mem.mapcount[which] = left
-    if some(left < 0):
+    if some(left < _ZERO):
         raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
     unmapped = pfns.size - int(np.count_nonzero(left))
     if vma.vm_file is not None and unmapped:
@@ -431,9 +432,10 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
             if replaced.size:
                 get_page(mem, replaced)
                 entries = mem.tables.entries[at]
-                shared = ~pte_swp_exclusive(entries)
-                with mem.locks.atomic:
-                    mem.flags[replaced[shared]] &= _NOT_EXCLUSIVE
+                exclusive = pte_swp_exclusive(entries)
+                if not every(exclusive):
+                    with mem.locks.atomic:
+                        mem.flags[replaced[~exclusive]] &= _NOT_EXCLUSIVE
                 mem.tables.entries[at] = _mapping_entries(vma, entries, replaced)
                 if vma.vm_file is None:
                     page_add_anon_rmap(vma, replaced)

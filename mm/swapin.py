@@ -20,6 +20,12 @@ from mm.anon_vma import anon_vma_prepare
 from mm.errors import KernelBug
 from mm.filemap import lock_new_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.memcontrol import (
+    NO_ROOM,
+    mem_cgroup_swap_full,
+    mem_cgroup_swapin_charge,
+    mem_cgroup_swapin_commit,
+)
 from mm.mempolicy import alloc_pages_vma
 from mm.page_flags import PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
 from mm.page_io import swap_readpage
@@ -36,7 +42,7 @@ from mm.swap_state import (
 )
 from mm.swapfile import free_pages_and_swap_cache, try_to_free_swap
 from mm.swapops import pte_swp_exclusive, pte_swp_soft_dirty, swp_offset, swp_type
-from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, MemMap, Vma, VmFault
+from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, MemMap, MmStruct, Vma, VmFault
 from mm.typing import Addresses, Faults, Indices, Mask, Pfns, Ptes, Slots, word
 from mm.vectors import every, has, places, some
 from mm.workingset import workingset_refault
@@ -72,7 +78,7 @@ def do_swap_in(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bo
     if some(bad):
         raise KernelBug(f"bad page table entry {ptes[bad][0]:#x} at {addrs[bad][0]:#x} of {vma!r}")
     anon_vma_prepare(vma)
-    page = swapin(mem, slots, _frames_for(vma, addrs))
+    page = swapin(mem, slots, _frames_for(vma, addrs), mm)
 
     got = places(page.pfns)
     pfns = page.pfns[got]
@@ -94,11 +100,13 @@ def _frames_for(vma: Vma, addrs: Addresses) -> NewFrames:
     return lambda which: alloc_pages_vma(vma, addrs[which], GFP_HIGHUSER_MOVABLE)
 
 
-def swapin(mem: MemMap, slots: Slots, new_frames: NewFrames) -> SwappedIn:
+def swapin(
+    mem: MemMap, slots: Slots, new_frames: NewFrames, mm: MmStruct | None = None
+) -> SwappedIn:
     """Find the pages of *slots* in the swap cache, or read them.
 
     *new_frames* gives frames for some of them, by their places; for the first of those only, where
-    memory is short. Linux: swapin_readahead(), mm/swap_state.c.
+    memory is short. *mm* pays where nobody else does. Linux: swapin_readahead(), mm/swap_state.c.
     """
     faults = np.full(slots.size, VmFault.RETRY, dtype=np.uint16)
     first = np.zeros(slots.size, dtype=np.bool_)  # of those that stand for the same slot
@@ -118,8 +126,11 @@ def swapin(mem: MemMap, slots: Slots, new_frames: NewFrames) -> SwappedIn:
 
     read = np.zeros(slots.size, dtype=np.bool_)
     if absent.size:
-        frames = new_frames(absent)
-        pfns[absent], faults[absent] = read_swap_cache(mem, slots[absent], frames)
+        if mem.memcgs:
+            pfns[absent], faults[absent] = _read_charged(mem, mm, slots[absent], absent, new_frames)
+        else:
+            frames = new_frames(absent)
+            pfns[absent], faults[absent] = read_swap_cache(mem, slots[absent], frames)
         read[absent] = pfns[absent] > 0
     return SwappedIn(pfns, read, faults, busy)
 
@@ -129,10 +140,27 @@ def read_swap_cache_async(vma: Vma, addrs: Addresses, slots: Slots) -> None:
 
     What cannot be read now is left for the fault. Linux: read_swap_cache_async(), mm/swap_state.c.
     """
-    page = swapin(vma.vm_mm.mem, slots, _frames_for(vma, addrs))
+    page = swapin(vma.vm_mm.mem, slots, _frames_for(vma, addrs), vma.vm_mm)
     pfns = page.pfns[page.pfns > 0]
     unlock_page(vma.vm_mm.mem, pfns)
     free_pages_and_swap_cache(vma.vm_mm.mem, pfns)
+
+
+def _read_charged(
+    mem: MemMap, mm: MmStruct | None, slots: Slots, which: Indices, new_frames: NewFrames
+) -> tuple[Pfns, Faults]:
+    """read_swap_cache() for those of *slots* whose control groups have room."""
+    owners = mem_cgroup_swapin_charge(mem, mm, slots, GFP_HIGHUSER_MOVABLE)
+    may = owners != NO_ROOM
+    pfns = np.zeros_like(slots)
+    faults = np.full(slots.size, VmFault.RETRY if some(may) else VmFault.OOM, dtype=np.uint16)
+    try:
+        if some(may):
+            frames = new_frames(which[may])
+            pfns[may], faults[may] = read_swap_cache(mem, slots[may], frames)
+    finally:
+        mem_cgroup_swapin_commit(mem, pfns, owners)
+    return pfns, faults
 
 
 def read_swap_cache(mem: MemMap, slots: Slots, frames: Pfns) -> tuple[Pfns, Faults]:
@@ -181,6 +209,8 @@ def _map(
     leaving = read | has(mem.flags[pfns], PG_mlocked)
     if write:
         leaving |= mem.refcount[pfns] == 2  # the cache's and ours
+    if mem.memcgs:
+        leaving |= mem_cgroup_swap_full(mem, pfns)
     if vma.vm_flags & VM_LOCKED or vm_swap_full(mem.swap):
         leaving[:] = True
     try_to_free_swap(mem, pfns[leaving])

@@ -64,6 +64,9 @@ COLUMNS: Final = (
     Column("private", np.int64, "private", "slot of a page in the swap cache, else 0"),
     Column("lru_stamp", np.int64, "lru", "its place in the LRU list: higher is younger"),
     Column("mlock_count", np.int32, "mlock_count", "VM_LOCKED mappings counted while unevictable"),
+    Column(
+        "memcg", np.uint16, "mem_cgroup", "control group that pays for it, by number; 0: the root"
+    ),
     Column("lock_owner", np.uint16, "(none)", "thread that set PG_locked, 0 where it is clear"),
     Column("zone", np.uint8, "flags", "index into `zones`; 0 where no frame stands behind the PFN"),
     Column("free_order", np.uint8, "private", "order + 1 of the free block that starts here, or 0"),
@@ -102,6 +105,7 @@ class MemMap:
     private: NDArray[np.int64]
     lru_stamp: NDArray[np.int64]
     mlock_count: NDArray[np.int32]
+    memcg: NDArray[np.uint16]
     lock_owner: NDArray[np.uint16]
     zone: NDArray[np.uint8]
     free_order: NDArray[np.uint8]
@@ -136,6 +140,7 @@ class MemMap:
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
         self.super_blocks: list[Any] = []  # every BlockFs of mm/blockfs.py that is mounted
+        self.max_map_count = 65530  # VMAs that a process may have
         self.mappings: dict[int, AddressSpace] = {}  # page caches, by the number in `mapping`
         self.next_mapping = 1
         self.buffers = BufferHeads()  # of pages whose files are on a block device
@@ -145,6 +150,9 @@ class MemMap:
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices
+        # The MemCgroup of mm/mem_cgroup.py by the number in `memcg`; none until the first is made.
+        self.memcgs: dict[int, Any] = {}
+        self.memcg_reclaim: Callable[[Any, int], int] | None = None  # mm/vmscan.py fills it
 
     def page_to_nid(self, pfns: Pfns) -> NDArray[np.int16]:
         """NUMA node of each page. Linux: page_to_nid(), include/linux/mm.h."""
@@ -452,5 +460,6 @@ class MmStruct:
         self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
         self.hmm: Any = None  # the Hmm of hmm/mirror.py
+        self.memcg: Any = None  # the MemCgroup that pays for its pages; None is the root
         self.exited = False
         mem.mms.append(self)

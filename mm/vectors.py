@@ -71,11 +71,33 @@ def rows(numbers: Indices) -> slice | Indices:
 
 def add_at(column: NDArray[np.int32], numbers: Indices, amount: int) -> None:
     """Add *amount* to column[n] for each of *numbers*; one that repeats counts as often."""
+    if numbers.size == 1:
+        at = numbers.item()
+        column[at] = column.item(at) + amount
+        return
     which = rows(numbers)
-    if isinstance(which, slice) or numbers.size == 1:
+    if isinstance(which, slice):
         column[which] += np.int32(amount)
     else:
         np.add.at(column, which, np.int32(amount))
+
+
+def set_bits(words: NDArray[np.uint64], numbers: Indices, bits: Word) -> None:
+    """words[n] |= *bits* for each of *numbers*."""
+    if numbers.size == 1:  # NumPy takes four times as long for one word as Python
+        at = numbers.item()
+        words[at] = words.item(at) | bits.item()
+    else:
+        words[rows(numbers)] |= bits
+
+
+def keep_bits(words: NDArray[np.uint64], numbers: Indices, bits: Word) -> None:
+    """words[n] &= *bits* for each of *numbers*."""
+    if numbers.size == 1:
+        at = numbers.item()
+        words[at] = words.item(at) & bits.item()
+    else:
+        words[rows(numbers)] &= bits
 
 
 def joined(vectors: list[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -5,11 +5,11 @@ Names that begin with `nr_` are amounts that rise and fall; the rest count event
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from mm.errors import InvalidArgument
+from mm.errors import NoSuchCounter
 from mm.locking import Locks
 
 VMSTAT_NAMES: Final = (
@@ -80,7 +80,7 @@ class VmStat(Mapping[str, int]):
 
     def __getitem__(self, name: str) -> int:
         if name not in self._counts:
-            raise InvalidArgument(f"no counter is named {name!r}; see mm.vmstat.VMSTAT_NAMES")
+            raise NoSuchCounter(f"no counter is named {name!r}; see mm.vmstat.VMSTAT_NAMES")
         return self._counts[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -96,6 +96,12 @@ class VmStat(Mapping[str, int]):
         """
         with self.locks.atomic:
             self._counts[name] += amount
+
+    def add_each(self, names: Iterable[str], amount: int) -> None:
+        """Let each of *names* rise by *amount*."""
+        with self.locks.atomic:
+            for name in names:
+                self._counts[name] += amount
 
     @contextmanager
     def counting(self, *names: str) -> Iterator[dict[str, int]]:

@@ -21,6 +21,7 @@ OURS = {
         "debug_cache": "check_page_cache check_files",
         "debug_buffer": "check_buffers check_writeback check_super_blocks",
         "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
+        "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
@@ -38,9 +39,10 @@ OURS = {
         "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
-            "stretches"
+            "stretches set_bits keep_bits"
         ),
     },
+    "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler alone"},

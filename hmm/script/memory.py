@@ -9,7 +9,7 @@ import numpy as np
 from hmm.script.actor import BASE, MAX_PAGES, MAX_REGIONS, STRIDE, Actor, File, Pages, Region
 from hmm.script.answers import error_name, fnv, pages_of_words
 from hmm.script.operations import Answer, Refused, Unsupported, operation
-from mm.errors import BadFile, InvalidArgument, MmError
+from mm.errors import BadFile, MmError
 from mm.fs import File as MemFile
 from mm.pgtable import PMD_SIZE
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
@@ -171,9 +171,7 @@ def filewrite(actor: Actor, name: str, page: int, value: int) -> Answer:
 def ftruncate(actor: Actor, name: str, npages: int | None) -> Answer:
     """ftruncate(2) of the file behind a region."""
     file = _memfd(actor.pages(name))
-    if npages is None or npages < 0:
-        raise InvalidArgument(f"ftruncate: {npages} pages")
-    file.truncate(npages << PAGE_SHIFT)
+    file.truncate((npages or 0) << PAGE_SHIFT)
     return {"ret": 0}
 
 

@@ -286,6 +286,20 @@ class TestWrite:
         assert [0, 0, 0xEE, 0xEE] == fs.first_bytes(pfns[1:2])
         fs.drop(pfns)
 
+    def test_no_room_for_all_of_a_hole_that_was_read(self, mem, make):
+        """The blocks that it got are to be written: the device has something else there."""
+        fs = make(room=2)
+        fs.lay_out(-1, -1, -1, -1)
+        pfns, _ = fs.read(0)
+
+        status = block_prepare_write(fs.mapping, pfns, 0, PAGE_SIZE, fs.get_block)
+
+        assert [ENOSPC] == status.tolist()
+        assert [[True, True, False, False]] == states(mem, pfns, BH_Dirty)
+        fs.write_out(pfns)
+        assert [[0], [0]] == [fs.on_disk(32), fs.on_disk(33)]
+        fs.drop(pfns)
+
     def test_surroundings_that_cannot_be_read(self, make):
         """Then the bytes cannot be written."""
         fs = make()

@@ -7,18 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm.typing import pages
+from mm.typing import pages, word
 from mm.vectors import (
     add_at,
     distinct,
     every,
     has,
     joined,
+    keep_bits,
     nr_pieces,
     parted,
     pieces,
     places,
     rows,
+    set_bits,
     some,
     stretches,
     unique,
@@ -56,6 +58,19 @@ class TestMasks:
         mask = has(np.array(words, dtype=np.uint64), np.uint64(bits))
 
         assert [word & bits != 0 for word in words] == mask.tolist()
+
+    @given(which=stretched, bits=st.integers(0, 2**64 - 1), filled=st.integers(0, 2**64 - 1))
+    def test_set_and_keep_bits(self, which, bits, filled):
+        """Of the words that are named, and of no others."""
+        words = np.full(40, filled, dtype=np.uint64)
+        kept = words.copy()
+
+        set_bits(words, np.array(which, dtype=np.int64), word(bits))
+        keep_bits(kept, np.array(which, dtype=np.int64), word(bits))
+
+        named = [n in which for n in range(40)]
+        assert [filled | bits if there else filled for there in named] == words.tolist()
+        assert [filled & bits if there else filled for there in named] == kept.tolist()
 
 
 class TestNumbers:
