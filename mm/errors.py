@@ -177,6 +177,12 @@ class FileExists(MmError):
     code = errno.EEXIST
 
 
+class NotExecutable(MmError):
+    """ENOEXEC: a file that cannot be read by pages cannot be mapped."""
+
+    code = errno.ENOEXEC
+
+
 class Corrupted(MmError):
     """EUCLEAN: what is on the device contradicts itself."""
 

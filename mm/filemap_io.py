@@ -14,7 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from mm.errors import InputOutputError, MmError, OutOfMemory
+from mm.errors import InputOutputError, MmError, NotExecutable, OutOfMemory
+from mm.fault_file import filemap_map_pages
 from mm.filemap import unlock_page
 from mm.fs import File, i_pages_end
 from mm.gfp import GFP_HIGHUSER_MOVABLE, GFP_READAHEAD
@@ -36,6 +37,7 @@ from mm.types import (
     MemMap,
     Vma,
     VmFault,
+    VmOperations,
     payload_of,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Payload, Pfns, pages
@@ -144,6 +146,28 @@ def filemap_fault(vma: Vma, addrs: Addresses, pgoffs: Indices, write: bool) -> t
     pfns[inside], faults[inside] = read_cache_pages(mapping, pgoffs[inside])
     faults[inside[missing & (pfns[inside] >= 0)]] = VmFault.MAJOR
     return pfns, faults
+
+
+def filemap_page_mkwrite(vma: Vma, pfns: Pfns) -> Faults:
+    """Locked *pfns* are about to be stored to: a file that needs to do nothing about it.
+
+    RETRY for what it has no more. Linux: filemap_page_mkwrite(), mm/filemap.c.
+    """
+    mapping = vma.vm_file.f_mapping
+    gone = mapping.mem.mapping[pfns] != mapping.number << 2
+    return gone * np.uint16(VmFault.RETRY)
+
+
+generic_file_vm_ops: Final = VmOperations(
+    fault=filemap_fault, map_pages=filemap_map_pages, page_mkwrite=filemap_page_mkwrite
+)
+
+
+def generic_file_mmap(file: File, vma: Vma) -> None:
+    """Map a file on disk. Raises NotExecutable. Linux: generic_file_mmap(), mm/filemap.c."""
+    if file.f_mapping.a_ops.readpages is None:
+        raise NotExecutable(f"mmap: {file!r} cannot be read by pages")
+    vma.vm_ops = generic_file_vm_ops
 
 
 # Ahead of their use -----------------------------------------------------------------------------

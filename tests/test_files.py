@@ -171,6 +171,8 @@ class Files(RuleBasedStateMachine):
             self.files = {name: self.fs.open(name) for name in FILES}
             for name, file in self.files.items():
                 self.twins[name] = bytearray(file.read(0, file.size))
+            for name in set(self.fs.listdir()) - set(FILES):
+                self.fs.unlink(name)  # it filled the disk when that crashed
         else:
             self.fs.unmount()
             self.fs = self.machine.mount(self.path)
