@@ -267,7 +267,8 @@ def block_write_full_page(mapping: AddressSpace, pfns: Pfns, get_block: GetBlock
 
     The pages are PG_writeback until that is done. What lies past the end of the file is not
     written, and zeros in a page that the end is in. A block that finds no room, or is not written,
-    is noted in the mapping, and lost when its page is.
+    is noted in the mapping, and lost when its page is. Unlike Linux v4.20, whose buffers know only
+    that it failed, a device that has no room says ENOSPC (as iomap does since v5.5).
     Linux: block_write_full_page() and __block_write_full_page(), fs/buffer.c.
     """
     mem, size = mapping.mem, mapping.host.i_size

@@ -25,6 +25,12 @@ class TestErrno:
             (mm.PageHeld, errno.EBUSY),
             (mm.InputOutputError, errno.EIO),
             (mm.Deadlock, errno.EDEADLK),
+            (mm.NoEntry, errno.ENOENT),
+            (mm.NoSpace, errno.ENOSPC),
+            (mm.FileExists, errno.EEXIST),
+            (mm.FileTooLarge, errno.EFBIG),
+            (mm.NotExecutable, errno.ENOEXEC),
+            (mm.Corrupted, 117),
         ],
     )
     def test_wrong_call(self, error, code):
