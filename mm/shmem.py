@@ -310,7 +310,8 @@ def shmem_file_read(file: File, pos: int, out: Payload) -> int:
     out[:] = 0
     last = (pos + out.size - 1) >> PAGE_SHIFT if out.size else -1
     for first in range(pos >> PAGE_SHIFT, last + 1, _BLOCK):
-        indexes, _ = mapping.i_pages.find(first, min(first + _BLOCK, last + 1))
+        with mem.locks.atomic:
+            indexes, _ = mapping.i_pages.find(first, min(first + _BLOCK, last + 1))
         pfns = _get_unlocked(mapping, indexes, SgpType.READ)
         there = pfns >= 0
         copy_pages_to(out, pos, mem, pfns[there], indexes[there])

@@ -104,7 +104,8 @@ def truncate_whole_pages(mapping: AddressSpace, start: int, end: int, forget: Fo
     if mapping.i_pages.empty or first >= stop:
         return
     while True:
-        indexes, entries = mapping.i_pages.find(first, stop)
+        with mapping.mem.locks.atomic:
+            indexes, entries = mapping.i_pages.find(first, stop)
         if not indexes.size:
             return
         values = xa_is_value(entries)
@@ -173,7 +174,8 @@ def invalidate_inode_pages2_range(mapping: AddressSpace, start: int, end: int) -
     """
     mem = mapping.mem
     first, stop = start >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
-    indexes, entries = mapping.i_pages.find(first, stop)
+    with mem.locks.atomic:
+        indexes, entries = mapping.i_pages.find(first, stop)
     values = xa_is_value(entries)
     clear_shadow_entries(mapping, indexes[values], entries[values])
     found = find_lock_pages(mapping, indexes[~values])

@@ -259,7 +259,8 @@ def filemap_fdatawait_range(mapping: AddressSpace, start: int = 0, end: int = MA
 
     Linux: __filemap_fdatawait_range(), mm/filemap.c.
     """
-    _, pfns = mapping.i_pages.find(start, end, PAGECACHE_TAG_WRITEBACK)
+    with mapping.mem.locks.atomic:
+        _, pfns = mapping.i_pages.find(start, end, PAGECACHE_TAG_WRITEBACK)
     wait_on_page_writeback(mapping.mem, pfns)
 
 
