@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from mm.census import Census, Complaints, complain, dirty_in_tables, take_census
+from mm.debug_buffer import check_buffers, check_super_blocks, check_writeback
 from mm.debug_cache import check_files, check_page_cache
 from mm.debug_memcg import check_memcgs
 from mm.debug_mm import (
@@ -34,6 +35,7 @@ from mm.page_flags import (
     PG_locked,
     PG_lru,
     PG_mlocked,
+    PG_private,
     PG_reserved,
     PG_swapbacked,
     PG_swapcache,
@@ -44,6 +46,7 @@ from mm.page_flags import (
 from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
 from mm.swap_slots import SWAP_HAS_CACHE
 from mm.types import MemMap, page_anon
+from mm.vectors import has
 
 _KNOWN_FLAGS: Final = np.bitwise_or.reduce(list(FLAG_NAMES.values()))
 
@@ -229,7 +232,8 @@ def check_swap(mem: MemMap, census: Census) -> Complaints:
     stray = inside & ((named <= 0) | (named >= si.max))
     yield from complain("private", pages, stray, "no such slot")
     odd = ~inside & (mem.private[pages] != 0) & ~mem.is_zone_device_page(pages)
-    yield from complain("private", pages, odd, "only a driver or the swap cache has a use for it")
+    odd &= ~has(mem.flags[pages], PG_private)
+    yield from complain("private", pages, odd, "neither a driver, nor swap, nor buffers use it")
     pages, named = pages[inside & ~stray], named[inside & ~stray]
     yield from complain("private", pages, si.cache[named] != pages, "the swap cache differs")
     if not mem.vmstat["nr_swapcached"] == inside.sum() == cached.sum():
@@ -254,6 +258,9 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_swap,
     check_page_cache,
     check_files,
+    check_buffers,
+    check_writeback,
+    check_super_blocks,
     check_entries,
     check_anon_vmas,
     check_vmas,

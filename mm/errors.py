@@ -141,7 +141,7 @@ class TimedOut(MmError):
 
 
 class Exists(MmError):
-    """EEXIST: a page is there already."""
+    """EEXIST: a page, or something of that name, is there already."""
 
     code = errno.EEXIST
 
@@ -194,6 +194,18 @@ class BusError(MmError):
     def __init__(self, address: int, message: str) -> None:
         super().__init__(message)
         self.address = address
+
+
+class NotExecutable(MmError):
+    """ENOEXEC: a file that cannot be read by pages cannot be mapped."""
+
+    code = errno.ENOEXEC
+
+
+class Corrupted(MmError):
+    """EUCLEAN: what is on the device contradicts itself."""
+
+    code = 117  # EUCLEAN, for which not every host's `errno` has a name
 
 
 class HwPoison(MmError):

@@ -80,6 +80,11 @@ def wait_event_timeout(ready: Callable[[], bool]) -> bool:
     return ready()
 
 
+def alone() -> bool:
+    """True where no other thread could bring about what this one would wait for."""
+    return _scheduler is None and len(_living) <= 1
+
+
 class _Threads(threading.local):
     """Gives each thread a small number, which fits the column `lock_owner`."""
 

@@ -6,9 +6,11 @@ verify the lot.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from mm.blockfs import BlockFs, mount
 from mm.cred import prepare_cred
 from mm.debug import verify
 from mm.errors import InvalidArgument
@@ -25,6 +27,7 @@ from mm.process import Process
 from mm.shmem import memfd_create
 from mm.swap import lru_add_drain_all
 from mm.swapfile import swapon
+from mm.truncate import invalidate_mapping_pages
 from mm.types import BYTES_PER_PAGE, MemMap
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
 from mm.vmscan import kswapd_init
@@ -128,6 +131,28 @@ class Machine:
         File.truncate() gives it its size. Linux: memfd_create(2).
         """
         return memfd_create(self.mem, name)
+
+    def mount(
+        self, path: str | os.PathLike[str], block_size: Size | None = None, size: Size | None = None
+    ) -> BlockFs:
+        """Mount the file system in the host's file *path*; what it has is read and written there.
+
+        Where there is no such file one is made, of *size* (64 MiB) in blocks of *block_size*
+        (4 KiB). Raises InvalidArgument, Corrupted, InputOutputError, Busy. Linux: mount(2).
+        """
+        return mount(self.mem, path, block_size, size)
+
+    def sync(self) -> None:
+        """Have all that was stored in files on their devices. Linux: sync(2)."""
+        for fs in tuple(self.mem.super_blocks):
+            fs.sync()
+
+    def drop_caches(self) -> int:
+        """Let go of pages of files that nobody needs and that are on their devices; how many.
+
+        Linux: drop_caches_sysctl_handler(), fs/drop_caches.c.
+        """
+        return sum(map(invalidate_mapping_pages, tuple(self.mem.mappings.values())))
 
     @property
     def vmstat(self) -> VmStat:

@@ -26,7 +26,6 @@ from mm.mempolicy import (
     vma_migratable,
 )
 from mm.migrate import (
-    Errnos,
     alloc_migration_target,
     migrate_page_add,
     migrate_pages,
@@ -37,7 +36,7 @@ from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_special
 from mm.sched import Task, current_task
 from mm.swap import lru_add_drain_all
 from mm.types import MemMap, MmStruct, Vma
-from mm.typing import Addresses, Indices, Mask, Pfns
+from mm.typing import Addresses, Errnos, Indices, Mask, Pfns
 from mm.vectors import distinct, every, pieces, places, some, unique
 
 

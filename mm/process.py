@@ -38,7 +38,6 @@ from mm.mem_cgroup import MemCgroup
 from mm.memcontrol_v1 import mem_cgroup_attach
 from mm.memparse import Size, memparse
 from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
-from mm.migrate import Errnos
 from mm.mincore import do_mincore
 from mm.mlock import do_mlock, do_munlock
 from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
@@ -63,7 +62,7 @@ from mm.types import (
     MmStruct,
     Vma,
 )
-from mm.typing import Mask, Payload, Ptes
+from mm.typing import Errnos, Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 from mm.userfaultfd import UserfaultFd, open_userfaultfd
 from mm.userfaultfd_k import userfaultfd_complete

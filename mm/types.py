@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.buffer_head import BufferHeads
 from mm.errors import InvalidArgument
 from mm.highmem import reserve_payload
 from mm.locking import Locks, RwSemaphore, SpinLock
@@ -138,10 +139,14 @@ class MemMap:
         self.swap = SwapInfo(0, self.locks, payload=False)  # the swap area
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
+        self.super_blocks: list[Any] = []  # every BlockFs of mm/blockfs.py that is mounted
         self.max_map_count = 65530  # VMAs that a process may have
         self.mappings: dict[int, AddressSpace] = {}  # page caches, by the number in `mapping`
         self.next_mapping = 1
+        self.buffers = BufferHeads()  # of pages whose files are on a block device
         self.files: list[Any] = []  # every File of mm/fs.py that is open
+        self.dirty_background_ratio = 10  # percent of memory that may be dirty before it is written
+        self.vm_dirty_ratio = 20  # and before who makes it dirty has to wait
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
         self.cpusets_enabled = False  # some task may not use every node
         self.mms: list[MmStruct] = []  # address spaces that live
@@ -239,7 +244,8 @@ class AddressSpaceOperations:
     Linux: struct address_space_operations, include/linux/fs.h.
 
     readpages(mapping, pfns)              fill them; True where they are up to date now
-    writepage(mapping, pfns)              write them, as reclaim wants; True where one is clean now
+    writepage(mapping, pfns)              write them, if dirty; True where one is stored now, False
+                                          where it is dirty still, or on its way (PG_writeback)
     set_page_dirty(mapping, pfns)         their contents differ from what is stored
     write_begin(file, pos, nbytes)        pages to write to, locked and with a reference, ascending
     write_end(file, pos, nbytes, pfns)    they are written to; unlock them and drop the references
@@ -274,6 +280,7 @@ class AddressSpace:
     i_pages: XArray = field(default_factory=XArray)
     i_mmap: list[Vma] = field(default_factory=list)
     flags: int = 0  # AS_*
+    wb_err: int = 0  # the errors of writing its pages, as mm/errseq.py keeps them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,7 +292,8 @@ class VmOperations:
     map_pages(vma, addrs, at)         map what is in memory of the ascending *addrs*, whose entries
                                       are at places *at* of the table pool; True where it did
     page_mkwrite(vma, pfns)           locked pages are about to be stored to for the first time
-                                      since they were clean; a VmFault for each that may not be
+                                      since they were clean; a VmFault for each that may not be.
+                                      It may unlock them for a while
     set_policy(vma, start, end, policy)  new pages of the file come by *policy* there
     """
 

@@ -23,10 +23,12 @@ OURS = {
             "check_entries check_anon_vmas check_vmas check_notifiers check_userfaultfds "
             "check_tables"
         ),
+        "debug_buffer": "check_buffers check_writeback check_super_blocks",
         "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
+        "blockfs_extents": "spread",
         "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",
         "highmem": "byte_places reserve_payload",
         "mmap": "vmas_in",
@@ -50,7 +52,7 @@ OURS = {
         "page_flags": "describe_flags",
     },
     "tracing as Python has it": {"trace": "names listen to_structlog"},
-    "interleavings for tests": {"locking": "install_scheduler"},
+    "interleavings for tests": {"locking": "install_scheduler alone"},
     "shared by the faults and migrate_vma_insert_page()": {"memory": "anon_entries"},
     "what Linux v4.20 promises and does not do": {"rmap": "poison_migration_ptes"},
 }

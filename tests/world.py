@@ -264,6 +264,8 @@ class World:
                 exit_mmap(mm)
         for file in tuple(self.machine.mem.files):
             file.close()
+        for fs in tuple(self.machine.mem.super_blocks):
+            fs.unmount()
         self.machine.verify()
         assert ([], {}) == (self.machine.mem.files, self.machine.mem.mappings)
         assert self.free_at_boot == self.machine.nr_free_pages

@@ -29,6 +29,10 @@ class TestErrno:
             (mm.Exists, errno.EEXIST),
             (mm.NoSuchProcess, errno.ESRCH),
             (mm.TimedOut, errno.ETIMEDOUT),
+            (mm.NoSpace, errno.ENOSPC),
+            (mm.FileTooLarge, errno.EFBIG),
+            (mm.NotExecutable, errno.ENOEXEC),
+            (mm.Corrupted, 117),
         ],
     )
     def test_wrong_call(self, error, code):
