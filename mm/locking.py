@@ -156,6 +156,10 @@ class SpinLock:
         self.holder = NOBODY
         self._lock = threading.Lock()
 
+    def locked(self) -> bool:
+        """True while some thread has it. Linux: spin_is_locked()."""
+        return self._lock.locked()
+
     def _try(self) -> bool:
         return self._lock.acquire(blocking=False)
 

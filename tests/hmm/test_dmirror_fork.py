@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from hmm.dmirror import PROT_DEV_COHERENT_LOCAL, PROT_DEV_PRIVATE_LOCAL, PROT_WRITE, Dmirror
-from mm.errors import Busy, InvalidArgument, MmError, NoEntry, PermissionDenied, SegmentationFault
+from mm.errors import (
+    Busy,
+    InvalidArgument,
+    MmError,
+    NoEntry,
+    PermissionDenied,
+    SegmentationFault,
+    WouldBlock,
+)
+from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.sched import running
 from mm.typing import PAGE_SIZE
 from tests.hmm.hmm_tests import NPAGES, NTIMES, contents, hmm_tests, same
@@ -224,6 +233,24 @@ class TestTeardown:
         reads = lambda: hmm.process.touch(addr, FEW * PAGE_SIZE, write=False)  # noqa: E731
         assert 0 == hmm.faults(reads)
         assert same(contents(FEW), hmm.read(addr, FEW))
+
+
+class TestNonblockable:
+    def test_busy_mirror(self, hmm):
+        """An invalidation that may not wait is refused while the driver is at its table."""
+        addr = hmm.filled(FEW)
+        hmm.zero.read(addr, FEW)
+        reap = mmu_notifier_range(
+            hmm.process.mm, addr, addr + PAGE_SIZE, MmuNotifyEvent.UNMAP, blockable=False
+        )
+
+        with hmm.zero.mutex, pytest.raises(WouldBlock), reap:
+            pytest.fail("the mirror did not refuse")
+        assert 0 == hmm.zero.read(addr, FEW).faults
+
+        with reap:
+            pass
+        assert 1 == hmm.zero.read(addr, FEW).faults
 
 
 class TestRemap:
