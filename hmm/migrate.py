@@ -57,7 +57,7 @@ from mm.memory import anon_entries, pte_offset_alloc, replace_ptes_notify
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_cache import page_in_cache
-from mm.page_flags import PG_lru, PG_swapcache, PG_uptodate
+from mm.page_flags import PG_lru, PG_private, PG_swapcache, PG_uptodate
 from mm.pgtable import pte_none, pte_present, pte_special
 from mm.rmap import (
     page_add_new_anon_rmap,
@@ -160,6 +160,8 @@ def _references_besides(mem: MemMap, pfns: Pfns) -> NDArray[np.int32]:
     extra = mem.refcount[which] - mem.mapcount[which] - has(mem.flags[which], PG_swapcache)
     if mem.mappings:
         extra -= page_in_cache(mem, pfns)
+        if mem.buffers.in_use:
+            extra -= has(mem.flags[which], PG_private)
     return extra - 1 - mem.is_zone_device_page(pfns)
 
 

@@ -491,6 +491,23 @@ class TestMigration:
         thread.join(5)
         assert [1] == status
 
+    def test_to_a_device(self, disk):
+        """A device does not get pages of files, and reads and writes them where they are."""
+        addr = disk.mmap()
+        disk.process.write(addr, b"mine")
+        disk.process.read(addr, PAGES * PAGE_SIZE)
+        gpu = disk.world.gpu
+
+        moved = gpu.to_device(disk.process, addr, PAGES * PAGE_SIZE)
+
+        assert (0, {"refused": PAGES}) == (moved.migrated, dict(moved.stayed))
+        assert b"mine" == gpu.read(disk.process, addr, 4)
+        disk.file.fsync()
+        gpu.write(disk.process, addr, b"ours")
+        assert [0] == disk.flagged(PG_dirty)
+        disk.file.fsync()
+        assert b"our" == disk.on_disk(0)
+
     def test_pinned(self, disk):
         """A page that a device writes to stays, with its buffers."""
         addr = disk.mmap()
