@@ -37,14 +37,15 @@ from mm.rmap import page_add_anon_rmap, page_mapped, page_remove_rmap, rmap_walk
 from mm.swap import get_page, put_page
 from mm.swapops import (
     SWP_SOFT_DIRTY,
+    is_device_exclusive_entry,
     is_write_device_exclusive_entry,
     make_device_exclusive_entry,
     pte_swp_soft_dirty,
     swp_offset,
 )
-from mm.types import MmStruct, Vma, maybe_mkwrite
+from mm.types import MemMap, MmStruct, Vma, maybe_mkwrite
 from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, word
-from mm.vectors import stretches
+from mm.vectors import some, stretches
 
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 
@@ -118,6 +119,31 @@ def remove_device_exclusive_entry(vma: Vma, addrs: Addresses, ptes: Ptes) -> Non
             unlock_page(mem, held)
     finally:
         put_page(mem, held)
+
+
+def restore_exclusive_pages(mem: MemMap, pfns: Pfns) -> None:
+    """Map those of *pfns* again that devices have for themselves, for every process.
+
+    For who must have the pages and cannot wait for a CPU to touch them. Takes mmap_sem of each
+    process for read. Linux: remove_device_exclusive_entry(), mm/memory.c, which waits.
+    """
+    for mm in dict.fromkeys(vma.vm_mm for vma, _, _ in _exclusive_entries(mem, pfns)):
+        with mm.mmap_sem.read():
+            for vma, addrs, ptes in _exclusive_entries(mem, pfns):
+                if vma.vm_mm is mm:
+                    remove_device_exclusive_entry(vma, addrs, ptes)
+
+
+def _exclusive_entries(mem: MemMap, pfns: Pfns) -> list[tuple[Vma, Addresses, Ptes]]:
+    """The exclusive entries for any of *pfns*, with their addresses, by VMA."""
+    found = []
+    for vma, which, addrs in rmap_walk(mem, pfns):
+        with vma.vm_mm.page_table_lock:
+            ptes = mem.tables.entries[pte_offset(mem.tables, vma.vm_mm.pgd, addrs)]
+        there = is_device_exclusive_entry(ptes) & (swp_offset(ptes) == pfns[which])
+        if some(there):
+            found.append((vma, addrs[there], ptes[there]))
+    return found
 
 
 def restore_exclusive_pte(vma: Vma, at: Indices, ptes: Ptes) -> None:

@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from numpy.typing import ArrayLike
+
 from mm.debug import verify
 from mm.errors import InvalidArgument
 from mm.gfp import GFP_KERNEL, Gfp
+from mm.memory_failure import memory_failure, soft_offline_page, unpoison_memory
 from mm.memparse import Size, format_size, memparse
+from mm.migrate import Errnos
 from mm.mm_init import build_nodes
 from mm.page_alloc import alloc_pages_bulk, nr_free_pages
 from mm.page_flags import PG_reserved
@@ -22,6 +26,7 @@ from mm.swap import lru_add_drain_all
 from mm.swapfile import swapon
 from mm.types import BYTES_PER_PAGE, MemMap
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.vectors import integers
 from mm.vmscan import kswapd_init
 from mm.vmstat import VmStat
 
@@ -101,6 +106,29 @@ class Machine:
     def metadata_bytes_per_page(self) -> int:
         """What the columns take for each page."""
         return BYTES_PER_PAGE
+
+    def memory_failure(self, pfns: ArrayLike) -> Errnos:
+        """Let the contents of frames *pfns*, one or many, be lost: who reads them has SIGBUS.
+
+        0 for each, or a negative errno: -EBUSY where somebody holds the page, and for device
+        memory; -ENXIO for no frame. Linux: /sys/devices/system/memory/hard_offline_page.
+        """
+        return memory_failure(self.mem, integers("memory_failure: pfns", pfns))
+
+    def soft_offline_page(self, pfns: ArrayLike) -> Errnos:
+        """Move what is in frames *pfns*, one or many, elsewhere, and do not use them any more.
+
+        0 for each, or a negative errno: -EIO where it cannot move, and for device memory; -EBUSY,
+        -ENOMEM, -ENXIO. Linux: /sys/devices/system/memory/soft_offline_page.
+        """
+        return soft_offline_page(self.mem, integers("soft_offline_page: pfns", pfns))
+
+    def unpoison_memory(self, pfns: ArrayLike) -> Errnos:
+        """Use frames *pfns* again that the other two took out of use; -EBUSY where one is held.
+
+        Linux: /sys/kernel/debug/hwpoison/unpoison-pfn.
+        """
+        return unpoison_memory(self.mem, integers("unpoison_memory: pfns", pfns))
 
     def verify(self) -> None:
         """Check every rule of docs/data-model.md; raises KernelBug that names what is broken."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from mm.array import ProcessArray
 from mm.errors import InputOutputError, InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
@@ -51,6 +51,7 @@ from mm.types import (
 )
 from mm.typing import Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
+from mm.vectors import integers
 
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
 _MAP: Final = {
@@ -339,8 +340,8 @@ class Process(Task):
         Linux: move_pages(2).
         """
         mm, word = self._alive(), _flag_word("move_pages", flags, _MOVE)
-        where = _integers("move_pages: addrs", addrs)
-        to = None if nodes is None else _integers("move_pages: nodes", nodes)
+        where = integers("move_pages: addrs", addrs)
+        to = None if nodes is None else integers("move_pages: nodes", nodes)
         if to is not None and to.size != where.size:
             if to.size != 1:
                 raise InvalidArgument(
@@ -389,14 +390,6 @@ class Process(Task):
             raise InvalidRange(
                 f"{call}: [{addr:#x}, {addr + nbytes:#x}) is not inside [0, {TASK_SIZE_MAX:#x})"
             )
-
-
-def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    """*values*, a number or many, as a vector."""
-    vector = np.asarray(values).reshape(-1)
-    if vector.size and vector.dtype.kind not in "iu":
-        raise InvalidArgument(f"{name} are whole numbers, got {vector[:4]}")
-    return vector.astype(np.int64)
 
 
 def _flag_word(call: str, flags: str, names: Mapping[str, int]) -> int:

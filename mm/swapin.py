@@ -21,7 +21,7 @@ from mm.errors import KernelBug
 from mm.filemap import lock_new_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.mempolicy import alloc_pages_vma
-from mm.page_flags import PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
+from mm.page_flags import PG_hwpoison, PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
 from mm.page_io import swap_readpage
 from mm.pgtable import _PAGE_DIRTY, _PAGE_RW, _PAGE_SOFT_DIRTY, mk_pte
 from mm.rmap import do_page_add_anon_rmap
@@ -116,6 +116,12 @@ def swapin(vma: Vma, addrs: Addresses, slots: Slots) -> SwappedIn:
     if absent.size:
         pfns[absent], faults[absent] = read_swap_cache(vma, addrs[absent], slots[absent])
         read[absent] = pfns[absent] > 0
+    if mem.num_poisoned_pages:
+        got = places(pfns)
+        lost = got[has(mem.flags[pfns[got]], PG_hwpoison)]
+        unlock_page(mem, pfns[lost])
+        put_page(mem, pfns[lost])
+        pfns[lost], faults[lost] = 0, VmFault.HWPOISON
     return SwappedIn(pfns, read, faults, busy)
 
 

@@ -118,6 +118,7 @@ class MemMap:
         self.cpu_to_node = [0] * cpus  # NUMA node of each CPU
         self.lru_clock = 0  # stamps given out
         self.swap = SwapInfo(0, self.locks, payload=False)  # the swap area
+        self.num_poisoned_pages = 0  # frames that are PG_hwpoison
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)

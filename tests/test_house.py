@@ -33,7 +33,7 @@ OURS = {
         "uaccess": "access_pages page_range payload_of gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
-            "stretches set_bits keep_bits"
+            "stretches set_bits keep_bits integers"
         ),
     },
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},

@@ -263,7 +263,8 @@ class World:
             with mm.mmap_sem.write():
                 exit_mmap(mm)
         self.machine.verify()
-        assert self.free_at_boot == self.machine.nr_free_pages
+        poisoned = self.machine.mem.num_poisoned_pages
+        assert self.free_at_boot == self.machine.nr_free_pages + poisoned
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
         assert 0 == self.machine.mem.swap.inuse_pages
         assert {} == self.machine.mem.anon_vmas
