@@ -31,13 +31,19 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_pfn,
 )
 from hmm.migration import MigrateVma, MigrateVmaSelect
+from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.machine import Machine
 from mm.memparse import Size, format_size, memparse
 from mm.mempolicy import alloc_pages_vma
-from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
+from mm.memremap import (
+    FREE_REFCOUNT,
+    devm_memremap_pages,
+    devm_memunmap_pages,
+    pages_in_use,
+)
 from mm.mmap import find_vma, vmas_in
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
@@ -275,10 +281,13 @@ class DeviceMemory(ABC):
     def close(self) -> None:
         """Evict everything and take the device away; a second call does nothing.
 
-        Raises Busy, and the device stays, where a page cannot leave.
+        What devices have for themselves of its memory, they give back first. Raises Busy, and the
+        device stays, where a page cannot leave.
         """
         if self.closed:
             return
+        if self.type is MemoryType.DEVICE_PUBLIC:
+            restore_exclusive_pages(self.mem, pages_in_use(self.mem, self.zone))
         self.evict(np.arange(self.npages))
         devm_memunmap_pages(self.mem, self.zone)
         for table in self.tables.values():

@@ -33,6 +33,7 @@ from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
 from mm.mprotect import do_mprotect
 from mm.mremap import Mremap, do_mremap
 from mm.numa import kernel_move_pages
+from mm.numa_maps import NumaMaps, numa_maps
 from mm.sched import Task, running
 from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
@@ -375,6 +376,10 @@ class Process(Task):
     def smaps(self) -> list[MemSizeStats]:
         """/proc/self/smaps: how much of each VMA is where."""
         return smaps(self._alive())
+
+    def numa_maps(self) -> list[NumaMaps]:
+        """/proc/self/numa_maps: on which nodes the pages of each VMA are; str() is a line of it."""
+        return numa_maps(self._alive(), self.mempolicy)
 
     def clear_refs(self, what: int) -> None:
         """Write *what* to /proc/self/clear_refs: 4 lets stores be seen by soft-dirty bits."""
