@@ -21,7 +21,6 @@ from mm.errors import (
     BusError,
     InvalidArgument,
     InvalidRange,
-    KernelBug,
     OutOfMemory,
     SegmentationFault,
 )
@@ -45,7 +44,7 @@ from mm.process import Process
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
-from mm.uaccess import access_error, page_range
+from mm.uaccess import access_error, page_range, served_in_vain
 from mm.vectors import every, has, pieces, places, some, stretches
 
 gpu_fault: Final = TracePoint("gpu_fault")
@@ -129,7 +128,7 @@ class Driver(DeviceMemory):
             rounds = 0 if now.size else rounds + 1
             rest = rest[~ready]
             if rest.size:
-                self._check_progress(rounds, addrs[rest])
+                self._check_progress(mm, rounds, addrs[rest])
                 frames, which = np.unique(addrs[rest] & ~(PAGE_SIZE - 1), return_inverse=True)
                 stores = np.zeros(frames.size, dtype=np.bool_)
                 np.logical_or.at(stores, which, write[rest])
@@ -166,7 +165,7 @@ class Driver(DeviceMemory):
                 if every(ready):
                     self._launch(kernel, arrays, target, used, addrs, pte_pfn(ptes))
                     return
-            self._check_progress(rounds, addrs[~ready])
+            self._check_progress(mm, rounds, addrs[~ready])
             # All must be there at once: what does not fit is reached where it is.
             self._fault_mm(mm, addrs[~ready], everywhere[~ready], evict=rounds == 0)
 
@@ -223,7 +222,7 @@ class Driver(DeviceMemory):
             left = addrs[write == stores]
             rounds = 0
             while left.size:
-                self._check_progress(rounds, left)
+                self._check_progress(table.mm, rounds, left)
                 rounds += 1
                 left = left[~self._map_system(table, left, stores)]
                 wanted = np.full(left.size, stores)
@@ -258,9 +257,9 @@ class Driver(DeviceMemory):
                 raise OutOfMemory(f"{self.name}: no frame for the page at {addr:#x}")
             raise BusError(addr, f"{self.name}: the contents of the page at {addr:#x} are lost")
 
-    def _check_progress(self, rounds: int, addrs: Addresses) -> None:
+    def _check_progress(self, mm: MmStruct, rounds: int, addrs: Addresses) -> None:
         if rounds >= MAX_ROUNDS:
-            raise KernelBug(f"{self.name}: device fault at {addrs[0]:#x} is served in vain")
+            raise served_in_vain(mm, addrs.item(0), f"fault of {self.name}")
         if rounds > 1:
             cond_resched()
 
@@ -325,7 +324,7 @@ class Driver(DeviceMemory):
             rounds = 0 if used else rounds + 1
             if used < min(batch, near.size):
                 missing = near[:batch][~ready[:batch]]
-                self._check_progress(rounds, missing)
+                self._check_progress(mm, rounds, missing)
                 self._fault_mm(mm, missing, np.full(missing.size, write))
 
     def _move_prefix(

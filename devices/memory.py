@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from devices.chunks import Chunks
+from devices.chunks import Chunks, chunk_pages
 from hmm.device_pgtable import DevicePageTable
 from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import (
@@ -35,8 +35,9 @@ from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.gup import set_page_dirty
 from mm.machine import Machine
-from mm.memparse import Size, format_size, memparse
+from mm.memparse import Size, memparse
 from mm.mempolicy import alloc_pages_vma
 from mm.memremap import (
     FREE_REFCOUNT,
@@ -67,8 +68,6 @@ from mm.typing import (
 )
 from mm.vectors import distinct, every, has, pieces, places, some
 
-MIN_CHUNK: Final = 64 << 10
-MAX_CHUNK: Final = 2 << 20
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
 
 
@@ -161,7 +160,7 @@ class DeviceMemory(ABC):
         self.npages = memparse(memory) >> PAGE_SHIFT
         if not self.npages:
             raise InvalidArgument(f"{name}: memory={memory!r} is less than a page of {PAGE_SIZE}")
-        self.chunk_pages = _chunk_pages(name, chunk, self.npages)
+        self.chunk_pages = chunk_pages(name, chunk, self.npages)
         self.neighbour_pages = max(1, memparse(neighbours) >> PAGE_SHIFT)
         self.zone = devm_memremap_pages(self.mem, self, self.npages)
         self.chunks = Chunks(self.npages, self.chunk_pages)
@@ -282,19 +281,24 @@ class DeviceMemory(ABC):
         """Evict everything and take the device away; a second call does nothing.
 
         What devices have for themselves of its memory, they give back first. Raises Busy, and the
-        device stays, where a page cannot leave.
+        device stays, where a page cannot leave, or is just coming.
         """
         if self.closed:
             return
-        if self.type is MemoryType.DEVICE_PUBLIC:
-            restore_exclusive_pages(self.mem, pages_in_use(self.mem, self.zone))
-        self.evict(np.arange(self.npages))
-        devm_memunmap_pages(self.mem, self.zone)
-        for table in self.tables.values():
+        with self.mem.locks.atomic:
+            self.closed = True  # from now on nothing comes here
+        try:
+            if self.type is MemoryType.DEVICE_PUBLIC:
+                restore_exclusive_pages(self.mem, pages_in_use(self.mem, self.zone))
+            self.evict(np.arange(self.npages))
+            devm_memunmap_pages(self.mem, self.zone)
+        except BaseException:
+            self.closed = False
+            raise
+        tables, self.tables = self.tables, {}
+        for table in tables.values():
             if not table.mm.exited:
                 table.close()
-        self.tables.clear()
-        self.closed = True
 
     # What the mm core calls.
 
@@ -322,10 +326,11 @@ class DeviceMemory(ABC):
     ) -> None:
         """Linux: alloc_and_copy() of struct migrate_vma_ops."""
         # What is about to be copied may not change under the copy.
-        moving = places(src & MIGRATE_PFN_MIGRATE)
-        self.table_of(vma.vm_mm).unmap(start + (moving << _SHIFT))
+        table = self.tables.get(vma.vm_mm)
+        if table is not None:
+            table.unmap(start + (places(src & MIGRATE_PFN_MIGRATE) << _SHIFT))
         if private is Direction.TO_DEVICE:
-            self._copy_to_device(src, dst)
+            self._copy_to_device(vma.vm_mm, src, dst)
         else:
             self._copy_to_system(vma, start, src, dst)
 
@@ -354,18 +359,26 @@ class DeviceMemory(ABC):
 
     def table_of(self, mm: MmStruct) -> DevicePageTable:
         """The device's page table for *mm*, made at first use."""
-        if mm not in self.tables:
-            self.tables = {m: table for m, table in self.tables.items() if not m.exited}
-            self.tables[mm] = DevicePageTable(mm, self.owner)
-        return self.tables[mm]
+        table = self.tables.get(mm)
+        if table is None:
+            with self.mem.locks.atomic:
+                self._check_open()
+                self.tables = {m: table for m, table in self.tables.items() if not m.exited}
+                table = self.tables.setdefault(mm, DevicePageTable(mm, self.owner))
+        return table
 
-    def _copy_to_device(self, src: MigratePfns, dst: MigratePfns) -> None:
+    def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> None:
         entries = places(is_migrating(src))
-        pages = self.allocate(entries.size)
-        self._check_allocated(pages, entries.size)
-        self.chunks.take(pages)
-        entries = entries[: pages.size]
-        self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
+            self._check_open()
+            self.table_of(mm)
+            pages = self.allocate(entries.size)
+            self._check_allocated(pages, entries.size)
+            self.chunks.take(pages)
+            entries = entries[: pages.size]
+            self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
+        set_page_dirty(self.mem, self.zone.start_pfn + pages)
         if self.mem.payload is None:
             return
         full = is_valid(src[entries])
@@ -476,22 +489,6 @@ def _mask(addrs: Addresses, start: int, end: int) -> Mask | None:
     mask = np.zeros(npages, dtype=np.bool_)
     mask[(addrs - start) >> PAGE_SHIFT] = True
     return mask
-
-
-def _chunk_pages(name: str, chunk: Size | None, npages: int) -> int:
-    """Pages per chunk: as asked, or about a sixteenth of the device within the limits."""
-    if chunk is None:
-        size = MIN_CHUNK
-        while size < MAX_CHUNK and size * 16 < npages * PAGE_SIZE:
-            size *= 2
-        return size >> PAGE_SHIFT
-    size = memparse(chunk)
-    if not MIN_CHUNK <= size <= MAX_CHUNK or size & (size - 1):
-        raise InvalidArgument(
-            f"{name}: chunk={chunk!r}: a chunk is a power of two from "
-            f"{format_size(MIN_CHUNK)} to {format_size(MAX_CHUNK)}"
-        )
-    return size >> PAGE_SHIFT
 
 
 def _vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:

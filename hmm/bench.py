@@ -196,6 +196,48 @@ def cost_per_page_65536(name: str) -> Figure:
     return Figure(name, large, "ns", f"a page of 512: {small:.0f} ns", large / small)
 
 
+def fork(name: str) -> Figure:
+    """fork() of a process with 256 MiB of touched pages, for each page.
+
+    ratio: its cost as a multiple of that of a page's migration, in which nothing is copied either.
+    """
+    pages, machine = SIZE >> PAGE_SHIFT, Machine(("1GiB",), payload=False)
+    spent = float("inf")
+    for _ in range(3 * ROUNDS):
+        with machine.spawn("bench") as process:
+            process.touch(process.mmap(SIZE), SIZE)
+            children: list[Process] = []
+            spent = min(spent, _seconds(lambda: children.append(process.fork())))  # noqa: B023
+            children[0].exit()
+    cost, moving = spent / pages * 1e9, _cost_per_page(pages)
+    return Figure(name, cost, "ns", f"a page's migration: {moving:.0f} ns", cost / moving)
+
+
+def _cost_per_mapping(processes: int) -> float:
+    """Nanoseconds that a migration to the device costs for each page and process that maps it."""
+    machine = Machine(("256MiB",), payload=False)
+    gpu = _open_numpy(machine, RESIDENT)
+    spent = float("inf")
+    for _ in range(3 * ROUNDS):
+        process = machine.spawn("bench")
+        addr = process.mmap(RESIDENT)
+        process.touch(addr, RESIDENT)
+        family = [process, *(process.fork() for _ in range(processes - 1))]
+        spent = min(spent, _seconds(partial(gpu.to_device, process, addr, RESIDENT)))
+        for member in family:
+            member.exit()
+    return spent / (RESIDENT >> PAGE_SHIFT) / processes * 1e9
+
+
+def rmap_shared(name: str) -> Figure:
+    """64 MiB that eight processes share migrate, for each page and process.
+
+    ratio: its cost as a multiple of what it is where one process has the pages.
+    """
+    alone, shared = _cost_per_mapping(1), _cost_per_mapping(8)
+    return Figure(name, shared, "ns", f"of one process: {alone:.0f} ns", shared / alone)
+
+
 def fault_back_1(name: str) -> Figure:
     """The CPU loads from a page in device memory: fault, migration and load."""
     machine = Machine(("64MiB",))
@@ -313,6 +355,8 @@ FIGURES: Final[dict[str, Callable[[str], Figure]]] = {
         reclaim,
         cost_per_page_512,
         cost_per_page_65536,
+        fork,
+        rmap_shared,
         fault_back_1,
         hmm_range_512,
         device_read_resident,

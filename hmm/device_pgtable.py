@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from mm.errors import InvalidArgument
 from mm.mmu_notifier import (
     MmuNotifierRange,
     MmuNotifyEvent,
@@ -41,7 +42,9 @@ class DeviceTable:
         return self.pool.entries[pte_offset(self.pool, self.pgd, addrs)]
 
     def store(self, addrs: Addresses, ptes: Ptes) -> None:
-        """Set the entries of *addrs* (ascending). Raises OutOfMemory."""
+        """Set the entries of *addrs* (ascending). Raises OutOfMemory, InvalidArgument if freed."""
+        if not self.pgd:
+            raise InvalidArgument("the device has closed, or the process exited: map nothing")
         pte_alloc_each(self.pool, self.pgd, addrs)
         self.pool.entries[pte_offset(self.pool, self.pgd, addrs)] = ptes
 
@@ -64,11 +67,12 @@ class DeviceTable:
         return np.concatenate(addrs), np.concatenate(ptes)
 
     def free(self) -> None:
-        """Give all tables back."""
+        """Give all tables back; whoever comes too late finds an empty one."""
         self.clear(0, ADDRESS_SPACE)
-        free_pgtables(self.pool, self.pgd, 0, ADDRESS_SPACE)
-        self.pool.release(pages(self.pgd))
-        self.mem.device_pgds.remove(self.pgd)
+        pgd, self.pgd = self.pgd, 0
+        free_pgtables(self.pool, pgd, 0, ADDRESS_SPACE)
+        self.pool.release(pages(pgd))
+        self.mem.device_pgds.remove(pgd)
 
 
 class DevicePageTable(DeviceTable):

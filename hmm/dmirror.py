@@ -48,11 +48,12 @@ from mm.errors import (
     InvalidArgument,
     MmError,
     NoEntry,
+    PageHeld,
     PermissionDenied,
     SegmentationFault,
 )
 from mm.filemap import unlock_page
-from mm.gup import make_device_exclusive_range
+from mm.gup import make_device_exclusive_range, set_page_dirty
 from mm.locking import SpinLock, cond_resched
 from mm.mmap import find_vma
 from mm.mmu_notifier import (
@@ -354,10 +355,15 @@ class Dmirror(MmuIntervalNotifier):
         return pfns.size
 
     def _do_write(self, addr: int, data: Payload) -> int:
-        """Linux: dmirror_do_write()."""
+        """As _do_read(), the other way; the pages have changed, though no CPU entry says so.
+
+        Unlike the recorded driver, which says nothing either: reclaim takes such a page for clean.
+        Linux: dmirror_do_write().
+        """
         with self.mutex:
             pfns = self._leading(addr, data.shape[0], _PAGE_RW)
             self.device.store(pfns, data[: pfns.size])
+            set_page_dirty(self.device.mem, pfns)
         return pfns.size
 
     def _leading(self, addr: int, npages: int, need: Ptes) -> Pfns:
@@ -389,6 +395,8 @@ class Dmirror(MmuIntervalNotifier):
             try:
                 with self.mm.mmap_sem.read():
                     hmm_range_fault(hmm_range)
+            except PageHeld:
+                raise
             except Busy:
                 cond_resched()
                 continue

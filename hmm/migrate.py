@@ -46,7 +46,13 @@ from hmm.migration import (
 from mm.anon_vma import anon_vma_prepare
 from mm.errors import OutOfMemory
 from mm.filemap import trylock_page, unlock_page
+from mm.gfp import GFP_KERNEL
 from mm.locking import preempt
+from mm.memcontrol import (
+    mem_cgroup_oom_synchronize,
+    mem_cgroup_try_charge,
+    mem_cgroup_uncharge,
+)
 from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
@@ -281,6 +287,11 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
     except OutOfMemory:
         migrate.drop(holes, Stayed.NO_TABLE)
         return
+    if mem.memcgs:
+        may = _charge(migrate, holes, pfns)
+        holes, pfns, addrs, at = holes[may], pfns[may], addrs[may], at[may]
+        if not holes.size:
+            return
     with mmu_notifier_range(
         mm, addrs.item(0), migrate.end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner
     ):
@@ -298,6 +309,16 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
                 mem.tables.entries[at[kind]] = anon_entries(vma, mapped)
         lru_cache_add_active(mem, pfns[empty & ~mem.is_zone_device_page(pfns)])
     migrate.drop(holes[~empty], Stayed.RACED)
+    if mem.memcgs:
+        mem_cgroup_uncharge(mem, pfns[~empty])
+
+
+def _charge(migrate: MigrateVma, holes: Indices, pfns: Pfns) -> Mask:
+    """Charge the process's control group for *pfns*; the holes that it has no room for stay."""
+    may = mem_cgroup_try_charge(migrate.vma.vm_mm, pfns, GFP_KERNEL)
+    mem_cgroup_oom_synchronize()  # of those that stay the result tells
+    migrate.drop(holes[~may], Stayed.OVER_LIMIT)
+    return may
 
 
 # finalize

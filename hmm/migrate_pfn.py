@@ -71,6 +71,7 @@ class Stayed(IntEnum):
     LOST = 10  # the driver lost the contents (MIGRATE_PFN_ERROR)
     ABORTED = 11  # a callback raised
     NO_TABLE = 12  # a hole for which no page table was to be had
+    OVER_LIMIT = 13  # a hole whose process's control group may have no more pages
 
     @property
     def errno(self) -> int:
@@ -92,5 +93,6 @@ _ERRNO: Final = {
     Stayed.LOST: -errno.EIO,
     Stayed.ABORTED: -errno.ECANCELED,
     Stayed.NO_TABLE: -errno.ENOMEM,
+    Stayed.OVER_LIMIT: -errno.ENOMEM,
 }
 STAYED_ERRNO: Final = np.array([_ERRNO[reason] for reason in Stayed], dtype=np.int32)

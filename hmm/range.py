@@ -32,7 +32,6 @@ from mm.errors import (
     Busy,
     InvalidArgument,
     InvalidRange,
-    KernelBug,
     MmError,
     PermissionDenied,
     SegmentationFault,
@@ -72,6 +71,7 @@ from mm.types import (
     VmFault,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, Word, word
+from mm.uaccess import served_in_vain
 from mm.vectors import distinct, every, has, places, some
 
 HmmPfns: TypeAlias = NDArray[np.uint64]  # a word for each page, as drawn above
@@ -232,10 +232,10 @@ class HmmVmaWalk:
         migration_entry_wait(self.mm.mem, pfns)
 
     def count_round(self) -> None:
-        """One more fault where the walk stands; too many in vain are a KernelBug."""
+        """One more fault where the walk stands; too many in vain raise PageHeld, or a KernelBug."""
         self.rounds += 1
         if self.rounds > MAX_ROUNDS:
-            raise KernelBug(f"{self.mm.name}: fault at {self.last:#x} is served in vain")
+            raise served_in_vain(self.mm, self.last, "fault")
         if self.rounds > 1:
             cond_resched()
 

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from mm.census import Census, Complaints, complain, dirty_in_tables, take_census
+from mm.debug_memcg import check_memcgs
 from mm.debug_mm import (
     check_anon_vmas,
     check_entries,
@@ -258,6 +259,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_anon_vmas,
     check_vmas,
     check_notifiers,
+    check_memcgs,
 )
 
 

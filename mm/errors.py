@@ -24,6 +24,10 @@ class InvalidArgument(MmError):
     """EINVAL: a size, flag or object that the call cannot take."""
 
 
+class NoSuchCounter(InvalidArgument, KeyError):
+    """EINVAL: no counter has that name. Also the KeyError that a mapping answers with."""
+
+
 class InvalidRange(InvalidArgument):
     """EINVAL: a range that is empty, inverted, or outside what it must lie in."""
 
@@ -86,6 +90,10 @@ class Busy(MmError):
     """EBUSY: something still uses what should go away."""
 
     code = errno.EBUSY
+
+
+class PageHeld(Busy):
+    """EBUSY: a page has to move, and somebody who does not let go of it holds a reference."""
 
 
 class WouldBlock(MmError):

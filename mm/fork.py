@@ -21,11 +21,11 @@ from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.memory import lru_cache_add_active
-from mm.mempolicy import alloc_pages_vma
+from mm.memory import alloc_charged_pages, lru_cache_add_active
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.overcommit import vm_enough_memory
 from mm.page_flags import PG_anon_exclusive, PG_uptodate
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
@@ -52,6 +52,7 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.types import (
+    VM_ACCOUNT,
     VM_DONTCOPY,
     VM_LOCKED_MASK,
     VM_WIPEONFORK,
@@ -73,14 +74,16 @@ _SHARED_SLOT: Final = word(~SWP_EXCLUSIVE)
 def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
     """Let *mm*, which is empty, have what *oldmm* has. Takes both mmap_sems.
 
-    Raises OutOfMemory; then *mm* is gone, and *oldmm* has what it had.
-    Linux: dup_mmap(), kernel/fork.c.
+    Raises OutOfMemory, and Deadlock where this thread is just at work for *oldmm*; then *mm* is
+    gone, and *oldmm* has what it had. Linux: dup_mmap(), kernel/fork.c.
     """
-    with oldmm.mmap_sem.write(), mm.mmap_sem.write():
+    with mm.mmap_sem.write():
         try:
-            for vma in oldmm.vmas:
-                if not vma.vm_flags & VM_DONTCOPY:
-                    _dup_vma(mm, vma)
+            with oldmm.mmap_sem.write():
+                mm.memcg = oldmm.memcg
+                for vma in oldmm.vmas:
+                    if not vma.vm_flags & VM_DONTCOPY:
+                        _dup_vma(mm, vma)
         except BaseException:
             exit_mmap(mm)
             raise
@@ -88,6 +91,8 @@ def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
 
 def _dup_vma(mm: MmStruct, vma: Vma) -> None:
     """Linux: the loop of dup_mmap(); vm_area_dup(), kernel/fork.c."""
+    if vma.vm_flags & VM_ACCOUNT:
+        vm_enough_memory(mm.mem, vma_pages(vma), "fork")
     copy = Vma(mm, vma.vm_start, vma.vm_end, vma.vm_flags & ~VM_LOCKED_MASK, vma.vm_pgoff)
     copy.vm_file = vma.vm_file
     copy.vm_policy = vma.vm_policy
@@ -186,12 +191,13 @@ def _copy_pinned(dst: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
     """
     mm, mem, cpu = dst.vm_mm, dst.vm_mm.mem, current_task().cpu
     try:
-        new = alloc_pages_vma(dst, addrs, GFP_HIGHUSER_MOVABLE)
+        new = alloc_charged_pages(dst, addrs, GFP_HIGHUSER_MOVABLE)
         if new.size < pfns.size:
             put_page(mem, new, cpu)
+            where = "the machine" if mm.memcg is None else f"{mm.memcg}"
             raise OutOfMemory(
                 f"fork: {pfns.size} pages of {mm.name} are copied as they are pinned, and "
-                f"{new.size} frames are free; unpin or unmap something"
+                f"{where} has room for {new.size}; unpin or unmap something"
             )
         if mem.payload is not None:
             mem.payload[new] = mem.payload[pfns]

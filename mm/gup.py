@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from mm.device_exclusive import make_device_exclusive
-from mm.errors import BusError, Busy, HwPoison, InvalidArgument, KernelBug, MmError, NotMapped
+from mm.errors import BusError, Busy, HwPoison, InvalidArgument, MmError, NotMapped
 from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
@@ -47,7 +47,14 @@ from mm.types import (
     page_anon,
 )
 from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
-from mm.uaccess import MAX_RETRIES, bad_area, mm_fault_error, page_range, payload_of
+from mm.uaccess import (
+    MAX_RETRIES,
+    bad_area,
+    mm_fault_error,
+    page_range,
+    payload_of,
+    served_in_vain,
+)
 from mm.vectors import every, has, places, some
 
 FOLL_WRITE: Final = 1 << 0  # to store to
@@ -261,7 +268,7 @@ def _get_pages_of(vma: Vma, addrs: Addresses, rest: Indices, pin: Pin) -> MmErro
         rounds = rounds + 1 if every(away) else 0
         rest, unshare = rest[away], unshare[away]
         if rounds > MAX_RETRIES:
-            raise KernelBug(f"{mm.name}: page fault at {addrs[rest[0]]:#x} is served in vain")
+            raise served_in_vain(mm, addrs.item(rest.item(0)), "page fault")
         if rounds > 1:
             cond_resched()
         faults = faultin_page(vma, addrs[rest], unshare, pin.gup_flags)

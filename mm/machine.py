@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike
 from mm.debug import verify
 from mm.errors import InvalidArgument
 from mm.gfp import GFP_KERNEL, Gfp
+from mm.mem_cgroup import MemCgroup
+from mm.memcontrol import mem_cgroup_css_alloc
 from mm.memory_failure import memory_failure, soft_offline_page, unpoison_memory
 from mm.memparse import Size, format_size, memparse
 from mm.migrate import Errnos
@@ -85,11 +87,26 @@ class Machine:
         sizes = (format_size((n.end_pfn - n.start_pfn) * PAGE_SIZE) for n in self.mem.nodes)
         return f"<Machine {' + '.join(sizes)}, {len(self.mem.mms)} processes>"
 
-    def spawn(self, name: str = "task", cpu: int = 0) -> Process:
-        """A new process with an empty address space, running on *cpu*."""
+    def spawn(self, name: str = "task", cpu: int = 0, cgroup: MemCgroup | None = None) -> Process:
+        """A new process with an empty address space, running on *cpu*, in a control group."""
         if not 0 <= cpu < len(self.mem.cpu_to_node):
             raise InvalidArgument(f"cpu {cpu}: this machine has {len(self.mem.cpu_to_node)}")
-        return Process(self.mem, name, cpu)
+        process = Process(self.mem, name, cpu)
+        if cgroup is not None:
+            process.move_to(cgroup)
+        return process
+
+    def cgroup(self, path: str, limit: Size | None = None) -> MemCgroup:
+        """The control group at *path*, as "/jobs/train", made with those that it stands in.
+
+        limit: what its processes, and those of the groups in it, may have in memory, devices' and
+        the system's; "max" for no limit, None to leave it as it is. Raises InvalidArgument; Busy
+        where there is more already. Linux: mkdir of a control group, and memory.max.
+        """
+        memcg = mem_cgroup_css_alloc(self.mem, path)
+        if limit is not None:
+            memcg.limit = limit
+        return memcg
 
     @property
     def vmstat(self) -> VmStat:

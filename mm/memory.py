@@ -25,6 +25,7 @@ from mm.errors import KernelBug
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
+from mm.memcontrol import cancel_charge, commit_charge, mem_cgroup_precharge
 from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
@@ -65,7 +66,7 @@ from mm.swapops import (
 )
 from mm.trace import TracePoint
 from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, maybe_mkwrite
-from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
+from mm.typing import NO_PAGES, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
 from mm.vectors import every, has, pieces, places, some, stretches
 
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
@@ -197,10 +198,29 @@ def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
     Some are better than none: once those are mapped, reclaim may swap them out for the others.
     """
     anon_vma_prepare(vma)
-    pfns = alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE | Gfp.ZERO)
+    pfns = alloc_charged_pages(vma, addrs, GFP_HIGHUSER_MOVABLE | Gfp.ZERO)
     faults = np.zeros(addrs.size, dtype=np.uint16)
     faults[pfns.size :] = VmFault.RETRY if pfns.size else VmFault.OOM
     return pfns, faults
+
+
+def alloc_charged_pages(vma: Vma, addrs: Addresses, gfp: int) -> Pfns:
+    """As alloc_pages_vma(), with the group of the process paying, and no more pages than it can.
+
+    Linux: folio_prealloc(), mm/memory.c, v6.8.
+    """
+    mm, mem = vma.vm_mm, vma.vm_mm.mem
+    if mm.memcg is None:
+        return alloc_pages_vma(vma, addrs, gfp)
+    memcg, room = mem_cgroup_precharge(mm, addrs.size, gfp)
+    pfns = NO_PAGES
+    try:
+        if room:
+            pfns = alloc_pages_vma(vma, addrs[:room], gfp)
+    finally:
+        commit_charge(mem, pfns, memcg)
+        cancel_charge(memcg, room - pfns.size)
+    return pfns
 
 
 def _map_new_pages(vma: Vma, addrs: Addresses, at: Indices, pfns: Pfns, entries: Ptes) -> None:

@@ -24,6 +24,7 @@ from mm.device_exclusive import restore_exclusive_pages
 from mm.filemap import lock_page, unlock_page
 from mm.free_area import take_page_off_buddy
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.memcontrol import mem_cgroup_uncharge
 from mm.migrate import Errnos, NewPages, migrate_page_add, migrate_pages
 from mm.page_alloc import PAGE_POISON, alloc_pages_bulk, drain_all_pages, fill_pages
 from mm.page_flags import (
@@ -125,6 +126,8 @@ def page_handle_poison(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
         mem.mapping[pfns] = 0
         mem.index[pfns] = 0
         mem.num_poisoned_pages += pfns.size
+    if mem.memcgs:
+        mem_cgroup_uncharge(mem, pfns)
     if mem.debug:
         fill_pages(mem, np.sort(pfns), PAGE_POISON)
 

@@ -22,6 +22,7 @@ from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.highmem import copy_highpages
 from mm.locking import cond_resched, preempt
+from mm.memcontrol import mem_cgroup_migrate
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import (
     PG_active,
@@ -109,6 +110,8 @@ def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
     with mem.locks.atomic:
         mem.flags[rows(new)] |= mem.flags[rows(old)] & _MOVED_FLAGS
         keep_bits(mem.flags, old, _KEPT_FLAGS)
+    if mem.memcgs:
+        mem_cgroup_migrate(mem, old, new)
 
 
 def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:

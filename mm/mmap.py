@@ -15,15 +15,13 @@ from mm.mmu_notifier import (
     mmu_notifier_range,
     mmu_notifier_release,
 )
+from mm.overcommit import accountable_mapping, check_map_count, vm_enough_memory
 from mm.pagewalk import free_pgtables
 from mm.trace import TracePoint
 from mm.types import (
     VM_ACCOUNT,
     VM_LOCKED,
-    VM_NORESERVE,
-    VM_SHARED,
     VM_SOFTDIRTY,
-    VM_WRITE,
     MmStruct,
     Vma,
     vma_pages,
@@ -66,14 +64,18 @@ def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
     if length <= 0:
         raise InvalidArgument(f"mmap: length must be positive, got {length}")
     length = page_align(length)
+    check_map_count(mm, "mmap", -1)
+    fixed = addr is not None
     if addr is None:
         addr = get_unmapped_area(mm, length)
     else:
         check_fixed("mmap", addr, length)
+    if accountable_mapping(vm_flags):
+        vm_enough_memory(mm.mem, length >> PAGE_SHIFT, "mmap")
+        vm_flags |= VM_ACCOUNT
+    if fixed:
         do_munmap(mm, addr, length)
     end, pgoff = addr + length, addr >> PAGE_SHIFT
-    if vm_flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:  # accountable_mapping()
-        vm_flags |= VM_ACCOUNT
     vma = vma_merge(VmaMerge(mm, addr, end, pgoff, vm_flags))
     if vma is None:
         vma = Vma(mm, addr, end, vm_flags, pgoff)
@@ -139,7 +141,8 @@ def vmas_in(mm: MmStruct, start: int, end: int) -> list[Vma]:
 def do_munmap(mm: MmStruct, start: int, length: int) -> None:
     """Unmap [*start*, *start* + *length*); parts that nothing maps are skipped.
 
-    The caller holds mmap_sem for write. Raises InvalidArgument, InvalidRange.
+    The caller holds mmap_sem for write. Raises InvalidArgument, InvalidRange; OutOfMemory, with
+    nothing unmapped, where it would cut a hole into a VMA and there are too many.
     Linux: do_munmap(), mm/mmap.c.
     """
     if start % PAGE_SIZE:
@@ -150,6 +153,8 @@ def do_munmap(mm: MmStruct, start: int, length: int) -> None:
     if start < 0 or end > TASK_SIZE_MAX:
         raise InvalidRange(f"munmap: [{start:#x}, {end:#x}) is not below {TASK_SIZE_MAX:#x}")
     for vma in vmas_in(mm, start, end):
+        if vma.vm_start < start and end < vma.vm_end:
+            check_map_count(mm, "munmap")
         inner = split_vma(vma, start) if vma.vm_start < start else vma
         if inner.vm_end > end:
             split_vma(inner, end)

@@ -11,6 +11,7 @@ from mm.errors import AccessDenied, InvalidArgument, NotMapped
 from mm.gup import mm_populate
 from mm.mmap import find_vma, page_align
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.overcommit import vm_enough_memory
 from mm.page_flags import PG_anon_exclusive
 from mm.pagewalk import walk_page_range
 from mm.pgtable import (
@@ -36,7 +37,7 @@ from mm.types import (
     Vma,
     vma_is_anonymous,
 )
-from mm.typing import PAGE_SIZE, Mask, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask, Ptes
 from mm.vectors import has, some
 from mm.vma import vma_modify_flags
 
@@ -47,8 +48,8 @@ def do_mprotect(mm: MmStruct, start: int, length: int, prot: int) -> None:
     """Let [*start*, *start* + *length*) have the rights *prot*, of VM_READ, VM_WRITE, VM_EXEC.
 
     What is VM_LOCKED and becomes writable is faulted in writable. Takes mmap_sem for write.
-    Raises InvalidArgument; NotMapped or AccessDenied, after the part before the hole, or before
-    the VMA that may never have those rights, has got them. Linux: do_mprotect_pkey().
+    Raises InvalidArgument; NotMapped, AccessDenied or OutOfMemory, after the part before the hole,
+    or before the VMA that may not have those rights, has got them. Linux: do_mprotect_pkey().
     """
     if start % PAGE_SIZE:
         raise InvalidArgument(f"mprotect: addr {start:#x} is not a multiple of {PAGE_SIZE:#x}")
@@ -81,6 +82,7 @@ def mprotect_fixup(vma: Vma, start: int, end: int, prot: int, locked: list[tuple
         return vma
     if vm_flags & VM_WRITE:
         if not old_flags & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE):
+            vm_enough_memory(vma.vm_mm.mem, (end - start) >> PAGE_SHIFT, "mprotect")
             vm_flags |= VM_ACCOUNT
     elif vma_is_anonymous(vma) and vma.anon_vma is None:
         # Unlike Linux v4.20, memory that was never written to is not accounted for any more (6.7).

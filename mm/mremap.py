@@ -26,6 +26,7 @@ from mm.mmap import (
     vmas_in,
 )
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.overcommit import check_map_count, vm_enough_memory
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_SOFT_DIRTY,
@@ -41,6 +42,7 @@ from mm.pgtable import (
 )
 from mm.swapops import SWP_SOFT_DIRTY
 from mm.types import (
+    VM_ACCOUNT,
     VM_DONTEXPAND,
     VM_LOCKED,
     VM_LOCKED_MASK,
@@ -154,6 +156,8 @@ def _vma_to_resize(mm: MmStruct, addr: int, old_len: int, new_len: int, flags: M
         )
     if new_len > old_len and vma.vm_flags & (VM_DONTEXPAND | VM_PFNMAP):
         raise SegmentationFault(addr, f"mremap: {vma!r} cannot grow")
+    if vma.vm_flags & VM_ACCOUNT:
+        vm_enough_memory(mm.mem, (new_len - old_len) >> PAGE_SHIFT, "mremap")
     return vma
 
 
@@ -176,10 +180,11 @@ def move_vma(
 ) -> int:
     """Move [*old_addr*, *old_addr* + *old_len*) of *vma* to *new_addr*, where all is free.
 
-    Raises OutOfMemory where no page table can be had; then all is where it was.
-    Linux: move_vma(), mm/mremap.c.
+    Raises OutOfMemory where no page table can be had, or there are too many VMAs; then all is
+    where it was. Linux: move_vma(), mm/mremap.c.
     """
     mm, vm_flags = vma.vm_mm, vma.vm_flags
+    check_map_count(mm, "mremap", 3)  # it may be cut twice, before it is unmapped
     new_vma, vma = copy_vma(vma, old_addr, new_addr, new_len)
     vm_stat_account(mm, vm_flags, new_len >> PAGE_SHIFT)
     try:

@@ -24,6 +24,8 @@ from mm.gup import (
 )
 from mm.madvise import do_madvise
 from mm.mbind import do_mbind, do_set_mempolicy, kernel_migrate_pages
+from mm.mem_cgroup import MemCgroup
+from mm.memcontrol_v1 import mem_cgroup_attach
 from mm.memparse import Size, memparse
 from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, MPOL_MF_STRICT
 from mm.migrate import Errnos
@@ -210,6 +212,25 @@ class Process(Task):
         with running(self):
             dup_mmap(child.mm, oldmm)
         return child
+
+    def move_to(self, group: MemCgroup | None) -> None:
+        """Join the control group *group*, None for the root: it pays for new pages from now on.
+
+        What the process has comes along, in memory, on devices and in swap, unless the group's
+        `move_charge_at_immigrate` is False. Raises InvalidArgument; OutOfMemory where the group has
+        no room, and then the process stays where it is. Linux: writing cgroup.procs.
+        """
+        mm = self._alive()
+        if group is not None and group.mem is not mm.mem:
+            raise InvalidArgument(f"move_to: {group!r} is of another machine than {self.name}")
+        with running(self):
+            mem_cgroup_attach(mm, group)
+
+    @property
+    def cgroup(self) -> MemCgroup | None:
+        """The control group that pays for its pages; None is the root. Linux: /proc/PID/cgroup."""
+        memcg: MemCgroup | None = self.mm.memcg
+        return memcg
 
     def exit(self) -> None:
         """Give all memory back; later calls do nothing. Linux: mmput(), kernel/fork.c."""

@@ -21,6 +21,7 @@ class Task:
         self.il_next = 0  # turns that interleaving has taken, of pages that have no address
         self.min_flt = 0  # faults served without I/O
         self.maj_flt = 0  # faults that waited for swap or a file
+        self.memcg_in_oom: Any = None  # the MemCgroup whose limit made its last charge fail
 
 
 IDLE: Final = Task("swapper")  # runs where nobody else does: a driver called from outside

@@ -16,6 +16,7 @@ import numpy as np
 
 from mm.errors import KernelBug
 from mm.locking import current, preempt
+from mm.memcontrol import mem_cgroup_uncharge
 from mm.memremap import FREE_REFCOUNT, free_zone_device_page
 from mm.mmzone import PAGEVEC_SIZE, Lru, LruList
 from mm.page_alloc import free_pages_bulk
@@ -82,6 +83,8 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0, *, refs: int = 1) -> None:
         unused = np.sort(unused)
         if some(unused[1:] == unused[:-1]):
             unused = np.unique(unused)
+    if mem.memcgs:
+        mem_cgroup_uncharge(mem, unused)
     system = unused.size
     if unused.item(-1) >= mem.max_pfn:
         system = int(unused.searchsorted(mem.max_pfn))
@@ -249,12 +252,17 @@ def _live(mem: MemMap, lru: LruList, start: int, stop: int) -> Pfns:
     return log[(mem.lru_stamp[log] == stamps) & (has(mem.flags[log], PG_lru))]
 
 
-def isolate_lru_pages(mem: MemMap, lru: LruList, count: int) -> Pfns:
+def isolate_lru_pages(mem: MemMap, lru: LruList, count: int, among: Mask | None = None) -> Pfns:
     """Take the *count* oldest pages off *lru*, with a reference each; oldest first.
 
+    among: of those control groups alone, by number; what is others' keeps its place.
     Linux: isolate_lru_pages(), mm/vmscan.c.
     """
     with mem.locks.atomic:
+        if among is not None:
+            oldest = lru_pages(mem, lru)
+            oldest = oldest[among[mem.memcg[oldest]]][:count]
+            return oldest[_isolate(mem, oldest)]
         parts = []
         while count > 0 and lru.first < lru.size:
             stop = min(lru.first + count, lru.size)

@@ -10,6 +10,7 @@ is one area; without swap it has no slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -38,6 +39,9 @@ class SwapInfo:
         self.cache: Pfns = np.zeros(slots, dtype=np.int64)
         self.zeromap: Mask = np.zeros(slots, dtype=np.bool_)  # slots that stand for a page of zeros
         self.contents = reserve_payload(slots) if payload and slots else None
+        # Number of the control group that each used slot is charged to. Linux: mm/swap_cgroup.c.
+        self.swap_cgroup: NDArray[np.uint16] = np.zeros(slots, dtype=np.uint16)
+        self.uncharge: Callable[[Slots], None] | None = None  # mm/memcontrol.py fills it
         self.pages = max(slots - 1, 0)  # slots that can be used
         self.inuse_pages = 0
         self.cluster_next = 1  # where the next search begins
@@ -113,6 +117,8 @@ def _range_free(si: SwapInfo, slots: Slots) -> None:
         free = np.unique(free)
     si.cache[rows(free)] = 0
     si.inuse_pages -= free.size
+    if si.uncharge is not None:
+        si.uncharge(free)
 
 
 def swap_count(si: SwapInfo, slots: Slots) -> NDArray[np.int32]:

@@ -12,12 +12,13 @@ from typing import Final
 import numpy as np
 
 from mm.errors import KernelBug
+from mm.memcontrol import mem_cgroup_try_charge_swap
 from mm.page_flags import PG_dirty, PG_swapcache
 from mm.swap import get_page, put_page
 from mm.swap_slots import SWAP_HAS_CACHE, get_swap_pages, put_swap_page
 from mm.types import MemMap
 from mm.typing import Mask, Pfns, Slots, word
-from mm.vectors import every, has, rows
+from mm.vectors import every, has, parted, rows
 
 _NOT_CACHED: Final = word(~PG_swapcache)
 
@@ -39,16 +40,21 @@ def find_get_pages(mem: MemMap, slots: Slots) -> Pfns:
 
 
 def add_to_swap(mem: MemMap, pfns: Pfns) -> Mask:
-    """Give locked anonymous *pfns* a slot each; False for the last ones where too few are free.
+    """Give locked anonymous *pfns* a slot each; False where none is free, or the group's to have.
 
     They become dirty: no copy of theirs is in swap yet. Linux: add_to_swap(), mm/swap_state.c.
     """
     slots = get_swap_pages(mem.swap, pfns.size)
-    added = pfns[: slots.size]
+    may = np.arange(pfns.size) < slots.size
+    if mem.memcgs:
+        may = mem_cgroup_try_charge_swap(mem, pfns, slots)
+        slots, refused = parted(slots, may[: slots.size])
+        put_swap_page(mem.swap, refused)
+    added = pfns if every(may) else pfns[may]
     add_to_swap_cache(mem, added, slots)
     with mem.locks.atomic:
         mem.flags[rows(added)] |= PG_dirty
-    return np.arange(pfns.size) < slots.size
+    return may
 
 
 def add_to_swap_cache(mem: MemMap, pfns: Pfns, slots: Slots) -> None:

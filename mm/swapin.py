@@ -20,6 +20,12 @@ from mm.anon_vma import anon_vma_prepare
 from mm.errors import KernelBug
 from mm.filemap import lock_new_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.memcontrol import (
+    NO_ROOM,
+    mem_cgroup_swap_full,
+    mem_cgroup_swapin_charge,
+    mem_cgroup_swapin_commit,
+)
 from mm.mempolicy import alloc_pages_vma
 from mm.page_flags import PG_hwpoison, PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
 from mm.page_io import swap_readpage
@@ -114,7 +120,8 @@ def swapin(vma: Vma, addrs: Addresses, slots: Slots) -> SwappedIn:
 
     read = np.zeros(slots.size, dtype=np.bool_)
     if absent.size:
-        pfns[absent], faults[absent] = read_swap_cache(vma, addrs[absent], slots[absent])
+        read_in = _read_charged if mem.memcgs else read_swap_cache
+        pfns[absent], faults[absent] = read_in(vma, addrs[absent], slots[absent])
         read[absent] = pfns[absent] > 0
     if mem.num_poisoned_pages:
         got = places(pfns)
@@ -134,6 +141,21 @@ def read_swap_cache_async(vma: Vma, addrs: Addresses, slots: Slots) -> None:
     pfns = page.pfns[page.pfns > 0]
     unlock_page(vma.vm_mm.mem, pfns)
     free_pages_and_swap_cache(vma.vm_mm.mem, pfns)
+
+
+def _read_charged(vma: Vma, addrs: Addresses, slots: Slots) -> tuple[Pfns, NDArray[np.uint16]]:
+    """read_swap_cache() for those of *slots* whose control groups have room."""
+    mem = vma.vm_mm.mem
+    owners = mem_cgroup_swapin_charge(vma.vm_mm, slots, GFP_HIGHUSER_MOVABLE)
+    may = owners != NO_ROOM
+    pfns = np.zeros_like(slots)
+    faults = np.full(slots.size, VmFault.RETRY if some(may) else VmFault.OOM, dtype=np.uint16)
+    try:
+        if some(may):
+            pfns[may], faults[may] = read_swap_cache(vma, addrs[may], slots[may])
+    finally:
+        mem_cgroup_swapin_commit(mem, pfns, owners)
+    return pfns, faults
 
 
 def read_swap_cache(vma: Vma, addrs: Addresses, slots: Slots) -> tuple[Pfns, NDArray[np.uint16]]:
@@ -182,6 +204,8 @@ def _map(
     leaving = read | has(mem.flags[pfns], PG_mlocked)
     if write:
         leaving |= mem.refcount[pfns] == 2  # the cache's and ours
+    if mem.memcgs:
+        leaving |= mem_cgroup_swap_full(mem, pfns)
     if vma.vm_flags & VM_LOCKED or vm_swap_full(mem.swap):
         leaving[:] = True
     try_to_free_swap(mem, pfns[leaving])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, Final, NamedTuple, Protocol
@@ -49,6 +50,9 @@ COLUMNS: Final = (
     Column("private", np.int64, "private", "slot of a page in the swap cache, else 0"),
     Column("lru_stamp", np.int64, "lru", "its place in the LRU list: higher is younger"),
     Column("mlock_count", np.int32, "mlock_count", "VM_LOCKED mappings counted while unevictable"),
+    Column(
+        "memcg", np.uint16, "mem_cgroup", "control group that pays for it, by number; 0: the root"
+    ),
     Column("lock_owner", np.uint16, "(none)", "thread that set PG_locked, 0 where it is clear"),
     Column("zone", np.uint8, "flags", "index into `zones`; 0 where no frame stands behind the PFN"),
     Column("free_order", np.uint8, "private", "order + 1 of the free block that starts here, or 0"),
@@ -87,6 +91,7 @@ class MemMap:
     private: NDArray[np.int64]
     lru_stamp: NDArray[np.int64]
     mlock_count: NDArray[np.int32]
+    memcg: NDArray[np.uint16]
     lock_owner: NDArray[np.uint16]
     zone: NDArray[np.uint8]
     free_order: NDArray[np.uint8]
@@ -121,9 +126,13 @@ class MemMap:
         self.num_poisoned_pages = 0  # frames that are PG_hwpoison
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
+        self.max_map_count = 65530  # VMAs that a process may have
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices
+        # The MemCgroup of mm/mem_cgroup.py by the number in `memcg`; none until the first is made.
+        self.memcgs: dict[int, Any] = {}
+        self.memcg_reclaim: Callable[[Any, int], int] | None = None  # mm/vmscan.py fills it
 
     def page_to_nid(self, pfns: Pfns) -> NDArray[np.int16]:
         """NUMA node of each page. Linux: page_to_nid(), include/linux/mm.h."""
@@ -322,5 +331,6 @@ class MmStruct:
         self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
         self.hmm: Any = None  # the Hmm of hmm/mirror.py
+        self.memcg: Any = None  # the MemCgroup that pays for its pages; None is the root
         self.exited = False
         mem.mms.append(self)

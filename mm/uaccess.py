@@ -12,10 +12,20 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from mm.errors import BusError, InvalidArgument, KernelBug, MmError, OutOfMemory, SegmentationFault
+from mm.errors import (
+    BusError,
+    InvalidArgument,
+    KernelBug,
+    MmError,
+    OutOfMemory,
+    PageHeld,
+    SegmentationFault,
+)
 from mm.highmem import byte_places, memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
+from mm.memcontrol import mem_cgroup_oom_synchronize
 from mm.memory import handle_mm_fault
+from mm.memremap import FREE_REFCOUNT
 from mm.mmap import find_vma
 from mm.page_alloc import nr_free_pages
 from mm.pgtable import (
@@ -26,8 +36,9 @@ from mm.pgtable import (
     pte_offset,
     pte_pfn,
 )
+from mm.swapops import is_device_private_entry, swp_offset
 from mm.types import VM_EXEC, VM_FAULT_ERROR, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
-from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, word
+from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, pages, word
 from mm.vectors import every, places, some
 
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
@@ -46,7 +57,7 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> No
 
     *use* is called for stretches of *addrs* in order, with accessed and dirty bits set, and runs
     under the page-table lock. Where an address cannot be reached, those before it are used, then
-    SegmentationFault, BusError or OutOfMemory is raised.
+    SegmentationFault, BusError, OutOfMemory or PageHeld is raised.
     """
     done, block, retries = 0, BLOCK, 0
     limit, failure = addrs.size, None
@@ -66,7 +77,7 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> No
                 if retries > 1:
                     cond_resched()
             if retries > MAX_RETRIES:
-                raise KernelBug(f"{mm.name}: page fault at {missing[0]:#x} is served in vain")
+                raise served_in_vain(mm, missing.item(0), "page fault")
     if failure is not None:
         raise failure
 
@@ -137,6 +148,13 @@ def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
     Linux: mm_fault_error(), arch/x86/mm/fault.c.
     """
     if fault & VmFault.OOM:
+        memcg = mem_cgroup_oom_synchronize()
+        if memcg is not None:
+            return OutOfMemory(
+                f"{mm.name}: no room for the page at {addr:#x} in control group {memcg.name}, "
+                f"which uses {memcg.used}, and nothing of that can be reclaimed; unmap something, "
+                f"raise its limit, or boot with a larger swap="
+            )
         return OutOfMemory(
             f"{mm.name}: no frame for the page at {addr:#x}, {nr_free_pages(mm.mem)} pages are "
             f"free and kept in reserve; unmap something or boot with larger nodes="
@@ -144,6 +162,23 @@ def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
     if fault & VmFault.SIGSEGV:
         return SegmentationFault(addr, f"{mm.name}: the fault handler refused {addr:#x}")
     return BusError(addr, f"{mm.name}: the contents of the page at {addr:#x} are lost")
+
+
+def served_in_vain(mm: MmStruct, addr: int, what: str) -> PageHeld | KernelBug:
+    """Why *what* at *addr* of *mm* was served over and over and changed nothing.
+
+    A device page that somebody holds cannot come back: then it is PageHeld.
+    """
+    pte = mm.mem.tables.entries[pte_offset(mm.mem.tables, mm.pgd, pages(addr))]
+    if is_device_private_entry(pte)[0]:
+        pfn = swp_offset(pte).item()
+        held = mm.mem.refcount.item(pfn) - mm.mem.mapcount.item(pfn) - FREE_REFCOUNT
+        if held > 0:
+            return PageHeld(
+                f"{mm.name}: {what} at {addr:#x}: device page {pfn:#x} cannot leave, as somebody "
+                f"holds {held} references to it; drop those first"
+            )
+    return KernelBug(f"{mm.name}: {what} at {addr:#x} is served in vain")
 
 
 def page_range(addr: int, nbytes: int) -> Addresses:

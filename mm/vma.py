@@ -24,6 +24,7 @@ from typing import Any
 
 from mm.anon_vma import anon_vma_clone, unlink_anon_vmas
 from mm.mempolicy import Mempolicy, mpol_equal
+from mm.overcommit import check_map_count
 from mm.types import (
     VM_SOFTDIRTY,
     VM_SPECIAL,
@@ -198,15 +199,17 @@ def split_vma(vma: Vma, addr: int) -> Vma:
 def vma_modify(vma: Vma, vmg: VmaMerge) -> Vma:
     """A VMA of which the range of *vmg*, a part of *vma*, is all, or which it now continues.
 
-    The caller holds mmap_sem for write, and lets the result have what changes.
-    Linux: vma_modify(), mm/vma.c, v6.12.
+    The caller holds mmap_sem for write, and lets the result have what changes. Raises OutOfMemory
+    where there are too many VMAs to cut one. Linux: vma_modify(), mm/vma.c, v6.12.
     """
     merged = vma_merge(vmg, vma)
     if merged is not None:
         return merged
     if vma.vm_start < vmg.start:
+        check_map_count(vma.vm_mm, "split_vma")
         vma = split_vma(vma, vmg.start)
     if vma.vm_end > vmg.end:
+        check_map_count(vma.vm_mm, "split_vma")
         split_vma(vma, vmg.end)
     return vma
 

@@ -3,6 +3,7 @@
     who asks        try_to_free_pages   an allocation that found nothing (direct reclaim)
                     balance_pgdat       one that found little (kswapd), up to the high watermarks
                     reclaim_pages       a process, for pages of its own (MADV_PAGEOUT)
+                    try_to_free_mem_cgroup_pages    a control group that is full, for its own
     which pages     shrink_node         some of each LRU list, more of it in each round
                     shrink_active_list  the oldest active pages become inactive
     how they go     shrink_page_list    lock, look whether they are used, give a slot, unmap, write,
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 
 from mm.filemap import trylock_page, unlock_page
 from mm.locking import preempt
+from mm.mem_cgroup import MemCgroup, mem_cgroup_tree
+from mm.memcontrol import mem_cgroup_get_nr_swap_pages, mem_cgroup_swap_full
 from mm.mmzone import Lru, Node
 from mm.page_alloc import MAX_RECLAIM_RETRIES, drain_all_pages
 from mm.page_flags import (
@@ -42,11 +45,12 @@ from mm.swap import (
     isolate_lru_page,
     isolate_lru_pages,
     lru_add_drain_all,
+    lru_pages,
     move_pages_to_lru,
     page_maybe_dma_pinned,
     put_page,
 )
-from mm.swap_slots import nr_swap_pages, vm_swap_full
+from mm.swap_slots import vm_swap_full
 from mm.swap_state import add_to_swap, delete_from_swap_cache
 from mm.swapfile import free_swap_cache, try_to_free_swap
 from mm.trace import TracePoint
@@ -73,9 +77,11 @@ class ScanControl:
     """What a run of reclaim is to do, and has done. Linux: struct scan_control, mm/vmscan.c."""
 
     nr_to_reclaim: int
-    who: str  # "kswapd" or "direct", which counts
+    who: str  # "kswapd" or "direct", which counts; "" counts nothing
     priority: int = DEF_PRIORITY
     nr_reclaimed: int = 0
+    memcg: MemCgroup | None = None  # the control group whose pages it is about; None: anybody's
+    among: Mask | None = None  # True at the numbers of that group and those in it
 
     @property
     def missing(self) -> int:
@@ -88,6 +94,7 @@ def kswapd_init(mem: MemMap) -> None:
     for node in mem.nodes:
         node.reclaim = partial(try_to_free_pages, mem)
         node.kswapd = partial(balance_pgdat, mem, node)
+    mem.memcg_reclaim = partial(try_to_free_mem_cgroup_pages, mem)
 
 
 def try_to_free_pages(mem: MemMap, nids: list[int], wanted: int) -> int:
@@ -100,6 +107,22 @@ def try_to_free_pages(mem: MemMap, nids: list[int], wanted: int) -> int:
     for sc.priority in range(DEF_PRIORITY, -1, -1):
         for nid in nids:
             shrink_node(mem, mem.nodes[nid], sc)
+        if sc.missing <= 0:
+            break
+    return sc.nr_reclaimed
+
+
+def try_to_free_mem_cgroup_pages(mem: MemMap, memcg: MemCgroup, wanted: int) -> int:
+    """Reclaim *wanted* pages, or a few more, of *memcg* and the groups in it; how many it were.
+
+    Linux: try_to_free_mem_cgroup_pages(), mm/vmscan.c.
+    """
+    sc = ScanControl(max(wanted, SWAP_CLUSTER_MAX), "", memcg=memcg, among=mem_cgroup_tree(memcg))
+    lru_add_drain_all(mem)
+    # The rounds before would find that no list has so many pages.
+    for sc.priority in range(min(DEF_PRIORITY, memcg.memory.usage.bit_length()), -1, -1):
+        for node in mem.nodes:
+            shrink_node(mem, node, sc)
         if sc.missing <= 0:
             break
     return sc.nr_reclaimed
@@ -163,8 +186,8 @@ def shrink_node(mem: MemMap, node: Node, sc: ScanControl) -> None:
             if batch:
                 nr[lru] -= batch
                 shrink_list(mem, node, lru, batch, sc)
-    if inactive_list_is_low(mem, node, Lru.INACTIVE_ANON):
-        shrink_active_list(mem, node, Lru.ACTIVE_ANON, SWAP_CLUSTER_MAX)
+    if inactive_list_is_low(mem, node, Lru.INACTIVE_ANON, sc.among):
+        shrink_active_list(mem, node, Lru.ACTIVE_ANON, SWAP_CLUSTER_MAX, sc.among)
     if sc.nr_reclaimed > before:
         node.kswapd_failures = 0
 
@@ -175,26 +198,37 @@ def get_scan_count(mem: MemMap, node: Node, sc: ScanControl) -> NDArray[np.int64
     Anonymous pages are left alone while no slot is free, and while the inactive pages of files
     (those that MADV_FREE gave up, so far) are many. Linux: get_scan_count(), mm/vmscan.c.
     """
-    sizes = np.array([node.lruvec[lru].nr_pages for lru in Lru])
+    sizes = np.array([lruvec_lru_size(mem, node, lru, sc.among) for lru in Lru])
     nr = sizes >> sc.priority
     nr[Lru.UNEVICTABLE] = 0
-    if not nr_swap_pages(mem.swap) or (
-        nr[Lru.INACTIVE_FILE] and not inactive_list_is_low(mem, node, Lru.INACTIVE_FILE)
+    if not mem_cgroup_get_nr_swap_pages(mem, sc.memcg) or (
+        nr[Lru.INACTIVE_FILE] and not inactive_list_is_low(mem, node, Lru.INACTIVE_FILE, sc.among)
     ):
         nr[[Lru.INACTIVE_ANON, Lru.ACTIVE_ANON]] = 0
     return nr
 
 
+def lruvec_lru_size(mem: MemMap, node: Node, lru: Lru, among: Mask | None = None) -> int:
+    """Pages on a list: all, or those of the control groups *among*.
+
+    The groups of a node have their lists in common, unlike in Linux.
+    Linux: lruvec_lru_size(), mm/vmscan.c.
+    """
+    if among is None:
+        return node.lruvec[lru].nr_pages
+    return int(np.count_nonzero(among[mem.memcg[lru_pages(mem, node.lruvec[lru])]]))
+
+
 def shrink_list(mem: MemMap, node: Node, lru: Lru, nr_to_scan: int, sc: ScanControl) -> None:
     """Scan the oldest *nr_to_scan* pages of one list. Linux: shrink_list(), mm/vmscan.c."""
     if lru in (Lru.ACTIVE_ANON, Lru.ACTIVE_FILE):
-        if inactive_list_is_low(mem, node, Lru(lru - 1)):
-            shrink_active_list(mem, node, lru, nr_to_scan)
+        if inactive_list_is_low(mem, node, Lru(lru - 1), sc.among):
+            shrink_active_list(mem, node, lru, nr_to_scan, sc.among)
         return
     shrink_inactive_list(mem, node, lru, nr_to_scan, sc)
 
 
-def inactive_list_is_low(mem: MemMap, node: Node, inactive: Lru) -> bool:
+def inactive_list_is_low(mem: MemMap, node: Node, inactive: Lru, among: Mask | None = None) -> bool:
     """True where the active list is too long for the *inactive* one before it.
 
     The larger they are, the smaller a share has to be inactive: half of 1 GiB, a quarter of 10.
@@ -202,18 +236,20 @@ def inactive_list_is_low(mem: MemMap, node: Node, inactive: Lru) -> bool:
     """
     if inactive == Lru.INACTIVE_ANON and not mem.swap.pages:
         return False
-    few, many = node.lruvec[inactive].nr_pages, node.lruvec[inactive + 1].nr_pages
+    few, many = (lruvec_lru_size(mem, node, Lru(lru), among) for lru in (inactive, inactive + 1))
     gigabytes = (few + many) >> (30 - PAGE_SHIFT)
     return few * (isqrt(10 * gigabytes) or 1) < many
 
 
-def shrink_active_list(mem: MemMap, node: Node, lru: Lru, nr_to_scan: int) -> None:
+def shrink_active_list(
+    mem: MemMap, node: Node, lru: Lru, nr_to_scan: int, among: Mask | None = None
+) -> None:
     """Move the oldest *nr_to_scan* pages of *lru* to its inactive list, as if never used.
 
     Linux: shrink_active_list(), mm/vmscan.c.
     """
     preempt("shrink_active_list")
-    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan)
+    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan, among)
     page_referenced(mem, pfns)
     with mem.locks.atomic:
         mem.flags[pfns] = mem.flags[pfns] & _INACTIVE | PG_workingset
@@ -229,11 +265,12 @@ def shrink_inactive_list(
     Linux: shrink_inactive_list(), mm/vmscan.c.
     """
     preempt("shrink_inactive_list")
-    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan)
+    pfns = isolate_lru_pages(mem, node.lruvec[lru], nr_to_scan, sc.among)
     nr_reclaimed = shrink_page_list(mem, pfns)
     sc.nr_reclaimed += nr_reclaimed
-    mem.vmstat.add(f"pgscan_{sc.who}", pfns.size)
-    mem.vmstat.add(f"pgsteal_{sc.who}", nr_reclaimed)
+    if sc.who:
+        mem.vmstat.add(f"pgscan_{sc.who}", pfns.size)
+        mem.vmstat.add(f"pgsteal_{sc.who}", nr_reclaimed)
     if mm_vmscan_lru_shrink_inactive:
         mm_vmscan_lru_shrink_inactive(
             nid=node.nid, nr_scanned=pfns.size, nr_reclaimed=nr_reclaimed, priority=sc.priority
@@ -275,6 +312,8 @@ def _activate(mem: MemMap, pfns: Pfns) -> None:
         return
     if vm_swap_full(mem.swap):
         try_to_free_swap(mem, pfns)
+    elif mem.memcgs:
+        try_to_free_swap(mem, pfns[mem_cgroup_swap_full(mem, pfns)])
     with mem.locks.atomic:
         mem.flags[pfns] |= PG_active
     mem.vmstat.add("pgactivate", pfns.size)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from mm.errors import InvalidArgument
+from mm.errors import NoSuchCounter
 from mm.locking import Locks
 
 VMSTAT_NAMES: Final = (
@@ -70,7 +70,7 @@ class VmStat(Mapping[str, int]):
 
     def __getitem__(self, name: str) -> int:
         if name not in self._counts:
-            raise InvalidArgument(f"no counter is named {name!r}; see mm.vmstat.VMSTAT_NAMES")
+            raise NoSuchCounter(f"no counter is named {name!r}; see mm.vmstat.VMSTAT_NAMES")
         return self._counts[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -270,6 +270,15 @@ class TestBench:
         assert (0, "fault_back_1") == (status, figure["name"])
         assert ["name", "value", "unit", "against", "ratio"] == list(figure)
 
+    @pytest.mark.parametrize("name", ["fork", "rmap_shared"])
+    def test_ratio(self, call, name):
+        """A figure that is held against another of the same run says how it compares."""
+        status, out, _ = call("bench", "--only", name, "--json")
+
+        (figure,) = json.loads(out)["figures"]
+        assert (0, name, "ns") == (status, figure["name"], figure["unit"])
+        assert figure["ratio"] > 0
+
     def test_table(self, call):
         """Without --json it is a table."""
         assert "fault_back_1" in call("bench", "--only", "fault_back_1")[1]

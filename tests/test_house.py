@@ -19,6 +19,7 @@ OURS = {
             "check_swap"
         ),
         "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
+        "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
     },
     "vectors, where Linux has one page or a loop": {
@@ -36,6 +37,7 @@ OURS = {
             "stretches set_bits keep_bits integers"
         ),
     },
+    "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
     "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler"},

@@ -286,13 +286,18 @@ def mapped_range(  # noqa: PLR0913 - each a default that some test varies
     driver: Callable[..., Driver] = NumpyDevice,
     kind: str | None = None,
 ) -> World:
-    """A process with *pages* anonymous pages, each filled with its number, and a device."""
+    """A process with *pages* anonymous pages, each filled with its number, and a device.
+
+    More of them than the machine could hold are not accounted for.
+    """
     machine = Machine(nodes, swap, payload, cpus, debug=True, max_physmem="256MiB")
     free = machine.nr_free_pages
     options = {} if kind is None else {"kind": kind}
     gpu = driver(machine, memory, chunk=chunk, neighbours=neighbours, **options)
     process = machine.spawn("train")
-    start = process.mmap(pages * PAGE_SIZE, prot, addr=addr)
+    fits = pages <= machine.mem.max_pfn + machine.mem.swap.pages
+    flags = "anon|private" if fits else "anon|private|noreserve"
+    start = process.mmap(pages * PAGE_SIZE, prot, flags, addr=addr)
     world = World(machine, process, gpu, start, pages, free)
     _worlds.append(world)
     if filled and payload:

@@ -4,6 +4,8 @@ What holds for every driver is tested on two: the NumPy device, and one that has
 four hooks and keeps its pages in a dict.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from mm import (
     InvalidArgument,
     InvalidRange,
     OutOfMemory,
+    PageHeld,
     trace,
 )
 from tests.world import in_step, mapped_range
@@ -263,7 +266,7 @@ class TestToSystem:
 def fill_memory(machine):
     """A process that has taken all the memory that it can get."""
     hog = machine.spawn("hog")
-    addr = hog.mmap("16MiB")
+    addr = hog.mmap("16MiB", flags="anon|private|noreserve")
     with pytest.raises(OutOfMemory):
         hog.touch(addr, "16MiB")
     return hog
@@ -639,6 +642,44 @@ class TestFree:
 
         assert (world.gpu.npages - 1, world.gpu.npages) == (before, world.gpu.chunks.free_pages)
         world.machine.verify()
+
+
+class TestHeld:
+    @pytest.mark.parametrize("who", ["read", "pin", "mem_read", "device"])
+    def test_nobody_else_gets_it(self, driver, who):
+        """Whoever wants a page that cannot leave is told why, and can have it later."""
+        world = mapped_range(pages=4, driver=driver)
+        to_device(world)
+        held = world.hold(world.pfns().item(2))
+        other = NumpyDevice(world.machine, "64KiB", name="other")
+        access = partial(other.read, world.process)
+        if who != "device":
+            access = getattr(world.process, who)
+
+        with pytest.raises(PageHeld, match=f"{held.pfns[0]:#x} cannot leave.*holds 1 references"):
+            access(world.at(2), 1)
+
+        assert world.on_device()[2]
+        held.release()
+        got = access(world.at(2), 1)
+        if who == "pin":
+            got.release()
+        assert world.intact()
+
+
+class TestStores:
+    @pytest.mark.parametrize("kind", ["private", "public"])
+    def test_what_was_given_up(self, kind):
+        """MADV_FREE lets go of what was there, not of what the device stores afterwards."""
+        world = mapped_range(pages=4, swap="1MiB", kind=kind)
+        world.process.madvise(world.addr, world.nbytes, "free")
+        to_device(world)
+        world.gpu.write(world.process, world.addr, bytes([9]) * world.nbytes)
+        to_system(world)
+
+        world.pageout()
+
+        assert [9] * 4 == world.contents()
 
 
 class TestClose:

@@ -127,6 +127,30 @@ class TestReadAndWrite:
         assert (NPAGES, 1) == (answer.cpages, answer.faults)
         assert same(contents(NPAGES), hmm.read(addr))
 
+    def test_stores_outlive_reclaim(self, hmm):
+        """What the device stores to a page that is clean, in the swap cache, goes to swap too."""
+        addr, size = hmm.filled(2), 2 * PAGE_SIZE
+        for advice in ("pageout", "willneed"):
+            hmm.process.madvise(addr, size, advice)
+        hmm.read(addr, 2)
+
+        hmm.zero.write(addr, 2, contents(2, first=7))
+        hmm.process.madvise(addr, size, "pageout")
+
+        assert same(contents(2, first=7), hmm.read(addr, 2))
+
+    def test_stores_to_what_was_given_up(self, hmm):
+        """MADV_FREE lets go of what was there, not of what the device stores afterwards."""
+        addr, size = hmm.filled(2), 2 * PAGE_SIZE
+        hmm.process.madvise(addr, size, "free")
+        hmm.zero.migrate_to_device(addr, 2)
+        hmm.zero.write(addr, 2, contents(2, first=7))
+        hmm.zero.migrate_to_system(addr, 2)
+
+        hmm.process.madvise(addr, size, "pageout")
+
+        assert same(contents(2, first=7), hmm.read(addr, 2))
+
     def test_anon_write_prot(self, hmm):
         """The device may read read-only memory, and write it once the process may."""
         addr = hmm.buffer(prot="r")

@@ -22,6 +22,7 @@ class TestErrno:
             (mm.AccessDenied, errno.EACCES),
             (mm.HwPoison, 133),
             (mm.Busy, errno.EBUSY),
+            (mm.PageHeld, errno.EBUSY),
             (mm.InputOutputError, errno.EIO),
             (mm.Deadlock, errno.EDEADLK),
         ],

@@ -1,17 +1,25 @@
 """fork: two processes with one memory, until one of them stores."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mm import PAGE_SIZE
-from mm.errors import InvalidArgument, OutOfMemory
+from mm.errors import Deadlock, InvalidArgument, OutOfMemory
+from mm.filemap import lock_page, unlock_page
+from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.locking import preempt
 from mm.mmu_notifier import MmuNotifier, MmuNotifyEvent, mmu_notifier_register
+from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_anon_exclusive, PG_mlocked
 from mm.pgtable import pte_present, pte_write
-from mm.swapops import is_write_device_private_entry
+from mm.swap import put_page
+from mm.swapops import is_device_exclusive_entry, is_write_device_private_entry
 from mm.types import VM_LOCKED_MASK, VM_SOFTDIRTY
+from tests.interleave import run_interleaved
 from tests.world import mapped_range
 
 
@@ -194,6 +202,151 @@ class TestElsewhere:
         assert 3 == child.process.mm.swapents
         child.process.write(world.at(0), b"C")
         assert world.intact()
+
+    def test_exclusive_page_that_is_locked(self):
+        """The fork waits for whoever has locked it, as a fault would; nothing is lost."""
+        world = mapped_range(pages=2)
+        pfns = world.make_exclusive(0, 1)
+        mem = world.machine.mem
+
+        def hold():
+            lock_page(mem, pfns)
+            preempt("working on the page")
+            unlock_page(mem, pfns)
+
+        for seed in range(10):
+            (_, child), _ = run_interleaved([hold, world.process.fork], seed=seed)
+            with child:
+                assert world.pfns().tolist() == world.seen_by(child).pfns().tolist()
+            world.make_exclusive(0, 1)
+
+    def test_exclusive_page_that_we_have_locked(self):
+        """Who holds the lock itself is told so; the parent is as it was, and there is no child."""
+        world = mapped_range(pages=2)
+        pfns = world.make_exclusive(0, 1)
+        lock_page(world.machine.mem, pfns)
+
+        with pytest.raises(Deadlock, match="locked by the thread"):
+            world.process.fork()
+
+        unlock_page(world.machine.mem, pfns)
+        assert [world.process.mm] == world.machine.mem.mms
+        assert is_device_exclusive_entry(world.ptes()).all()
+        assert world.intact()
+
+
+class TestShortOfMemory:
+    """The parent keeps what it had, and what the child had got so far is given back."""
+
+    @pytest.mark.parametrize("left", range(8))
+    def test_page_tables(self, left):
+        """As many tables as are left, for a child that needs eight beside its top."""
+        world = mapped_range(pages=1)
+        for gib in (1, 2, 3):
+            addr = world.process.mmap(2 * PAGE_SIZE, addr=gib << 30)
+            world.process.write(addr, b"far")
+        pool = world.machine.mem.tables
+        hogged = pool.alloc(pool.rows - 1 - pool.in_use - left - 1)
+
+        with pytest.raises(OutOfMemory, match="page-table pages"):
+            world.process.fork()
+
+        pool.release(hogged)
+        assert [world.process.mm] == world.machine.mem.mms
+        assert world.intact()
+        world.machine.verify()
+        assert b"far" == world.process.fork().read(3 << 30, 3)
+
+    def test_no_table_for_the_top(self):
+        """A child that has not even that is none."""
+        world = mapped_range(pages=1)
+        pool = world.machine.mem.tables
+        hogged = pool.alloc(pool.rows - 1 - pool.in_use)
+
+        with pytest.raises(OutOfMemory, match="page-table pages"):
+            world.process.fork()
+
+        pool.release(hogged)
+        assert world.intact()
+
+    @pytest.mark.parametrize("pinned", [1, 3])
+    def test_frames_for_pinned_pages(self, pinned):
+        """Copies of pinned pages find no frame, when others have been shared already."""
+        world = mapped_range(pages=1100, nodes=("8MiB",))
+        world.pins.append(world.process.pin(world.at(1100 - pinned), pinned * PAGE_SIZE))
+        world.isolated.extend(hog(world.machine.mem))
+
+        with pytest.raises(OutOfMemory, match="pinned, and the machine has room for 0"):
+            world.process.fork()
+
+        put_page(world.machine.mem, np.array(world.isolated))
+        world.isolated.clear()
+        assert [world.process.mm] == world.machine.mem.mms
+        assert world.intact()
+
+
+def hog(mem):
+    """All frames that there are."""
+    return alloc_pages_bulk(mem, GFP_HIGHUSER_MOVABLE, 0, mem.max_pfn).tolist()
+
+
+class TestGenerations:
+    @pytest.mark.parametrize("order", list(permutations(range(3))))
+    @pytest.mark.parametrize("where", ["memory", "device", "swap"])
+    def test_exits(self, order, where):
+        """Three generations exit in any order: the last one has all, and can have it alone."""
+        world = mapped_range(pages=3, swap="1MiB")
+        child = world.seen_by(world.process.fork())
+        child.process.write(child.at(1), b"C")
+        grandchild = child.seen_by(child.process.fork())
+        grandchild.process.write(grandchild.at(2), b"G")
+        members = [world, child, grandchild]
+        expected = [[0, 1, 2], [0, ord("C"), 2], [0, ord("C"), ord("G")]]
+        for member in members:
+            if where == "device":
+                world.gpu.to_device(member.process, member.addr, member.nbytes)
+            elif where == "swap":
+                member.pageout()
+
+        for left, who in enumerate(order, 1):
+            world.machine.verify()
+            if left == 3:
+                assert expected[who] == members[who].contents()
+                members[who].fill()
+                assert members[who].intact()
+                assert (world.machine.mem.flags[members[who].pfns()] & PG_anon_exclusive).all()
+            members[who].process.exit()
+
+    def test_many_with_one_device(self):
+        """Sixteen processes share pages on a device; one CPU access brings a page back for all."""
+        world = mapped_range(pages=4)
+        family = [world.seen_by(world.process.fork()) for _ in range(15)]
+        world.gpu.to_device(family[7].process, world.addr, world.nbytes)
+        assert {(True,) * 4} == {tuple(member.on_device()) for member in family}
+        mem = world.machine.mem
+        assert (
+            [16] * 4
+            == mem.mapcount[world.pfns()].tolist()
+            == (mem.refcount[world.pfns()] - 1).tolist()
+        )
+
+        family[3].process.write(family[3].at(1), b"3")
+
+        assert [True, False, True, True] == world.on_device()
+        assert 15 == mem.mapcount[world.pfns()[1]]
+        for member in family:
+            wanted = [0, ord("3") if member is family[3] else 1, 2, 3]
+            assert wanted == member.contents()
+
+    def test_device_stores_of_each(self):
+        """What the device stores for one of them no other sees."""
+        world = mapped_range(pages=2)
+        family = [world.seen_by(world.process.fork()) for _ in range(4)]
+        for number, member in enumerate(family, 100):
+            world.gpu.write(member.process, member.at(1), bytes([number]))
+
+        assert world.intact()
+        assert [[0, n] for n in range(100, 104)] == [member.contents() for member in family]
 
 
 STEPS = st.lists(

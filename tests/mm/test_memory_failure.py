@@ -428,6 +428,24 @@ class TestSoftOffline:
         assert world.intact()
 
 
+class TestControlGroups:
+    @pytest.mark.parametrize("call", ["memory_failure", "soft_offline_page"])
+    def test_charge(self, call):
+        """A frame that is out of use is charged to nobody; what moved is charged once."""
+        world = mapped_range(1)
+        group = world.machine.cgroup("job", limit="1MiB")
+        world.process.move_to(group)
+        world.addr = world.process.mmap(2 * PAGE_SIZE)
+        world.pages = 2
+        world.fill()
+        before = group.memory.usage
+
+        assert [0] == getattr(world.machine, call)(world.pfns()[0]).tolist()
+
+        assert before - (call == "memory_failure") == group.memory.usage
+        world.machine.verify()
+
+
 class TestUnpoison:
     def test_frames_are_free_again(self):
         """Whoever asks may get them."""

@@ -96,7 +96,7 @@ class TestFree:
 
     def test_all_of_it(self, process):
         """Address space costs nothing: one area may have the whole."""
-        addr = process.mmap(MMAP_BASE - MMAP_MIN_ADDR)
+        addr = process.mmap(MMAP_BASE - MMAP_MIN_ADDR, flags="anon|private|noreserve")
         process.write(addr, b"first")
         process.write(MMAP_BASE - 4, b"last")
 

@@ -332,10 +332,10 @@ class TestLocked:
 
     def test_memory_is_short(self):
         """That not all can be faulted in is no error: the rights are there."""
-        world = mapped_range(pages=300, prot="r", filled=False, nodes=("1MiB",))
+        world = mapped_range(pages=250, prot="r", filled=False, nodes=("1MiB",))
         world.process.mlock(world.addr, world.nbytes)
 
-        protect(world, 0, 300, "rw")
+        protect(world, 0, 250, "rw")
 
         assert world.vma.vm_flags & VM_WRITE
         with pytest.raises(OutOfMemory):

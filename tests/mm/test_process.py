@@ -70,7 +70,7 @@ class TestMmap:
 
     def test_more_than_there_is(self, process):
         """Memory that cannot all be faulted in is mapped nevertheless."""
-        addr = process.mmap("32MiB", flags="anon|private|populate")
+        addr = process.mmap("32MiB", flags="anon|private|populate|noreserve")
 
         assert process.find_vma(addr) is not None
         assert 0 < process.mm.anon_rss < (32 << 20) // PAGE_SIZE

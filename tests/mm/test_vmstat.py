@@ -26,6 +26,18 @@ class TestVmStat:
         with pytest.raises(InvalidArgument, match=r"no counter is named 'pgfualt'; see mm\.vmstat"):
             VmStat()["pgfualt"]
 
+    def test_as_other_mappings(self):
+        """Who does not know whether a counter exists asks as a dict is asked."""
+        vmstat = VmStat()
+
+        assert "pgfault" in vmstat
+        assert "pgfualt" not in vmstat
+        assert (0, None, 7) == (
+            vmstat.get("pgfault"),
+            vmstat.get("pgfualt"),
+            vmstat.get("pgfualt", 7),
+        )
+
 
 class TestCounting:
     def test_only_what_changed(self):

@@ -27,7 +27,7 @@ class TestMemmapInitZoneDevice:
         """When frames run out, nobody gets a page of a device instead."""
         world = mapped_range(1, nodes=("4MiB",), memory="8MiB", kind=kind)
         free = world.gpu.chunks.free_pages
-        addr = world.process.mmap("8MiB")
+        addr = world.process.mmap("8MiB", flags="anon|private|noreserve")
 
         with pytest.raises(OutOfMemory):
             world.process.touch(addr, "8MiB")
