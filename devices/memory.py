@@ -84,7 +84,7 @@ class Direction(Enum):
 
 
 KINDS: Final = {"private": MemoryType.DEVICE_PRIVATE, "public": MemoryType.DEVICE_PUBLIC}
-_SELECT_OWN: Final = {
+SELECT_OWN: Final = {
     MemoryType.DEVICE_PRIVATE: int(MigrateVmaSelect.DEVICE_PRIVATE),
     MemoryType.DEVICE_PUBLIC: int(MigrateVmaSelect.DEVICE_COHERENT),
 }
@@ -211,7 +211,7 @@ class DeviceMemory(ABC):
         moved = Moved()
         mm = process.mm
         with running(process), mm.mmap_sem.read():
-            spans = _vma_spans(mm, addr, memparse(nbytes))
+            spans = vma_spans(mm, addr, memparse(nbytes))
             self._make_room_for(mm, spans)
             for vma, start, end in spans:
                 self._migrate(vma, start, end, Direction.TO_DEVICE, moved)
@@ -250,7 +250,7 @@ class DeviceMemory(ABC):
         moved = Moved()
         mm = process.mm
         with running(process), mm.mmap_sem.read():
-            for vma, start, end in _vma_spans(mm, addr, memparse(nbytes)):
+            for vma, start, end in vma_spans(mm, addr, memparse(nbytes)):
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
         return moved
 
@@ -368,17 +368,7 @@ class DeviceMemory(ABC):
         return table
 
     def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> None:
-        entries = places(is_migrating(src))
-        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
-            self._check_open()
-            self.table_of(mm)
-            pages = self.allocate(entries.size)
-            self._check_allocated(pages, entries.size)
-            self.chunks.take(pages)
-            entries = entries[: pages.size]
-            self._hand_over(dst, entries, self.zone.start_pfn + pages)
-        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
-        set_page_dirty(self.mem, self.zone.start_pfn + pages)
+        entries, pages = self.take(mm, dst, places(is_migrating(src)))
         if self.mem.payload is None:
             return
         full = is_valid(src[entries])
@@ -390,6 +380,23 @@ class DeviceMemory(ABC):
                 rows = migrate_pfn_to_pfn(src[entries[full]])
                 self.copy_in(pages[full], self.mem.payload, rows)
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
+
+    def take(self, mm: MmStruct, dst: MigratePfns, entries: Indices) -> tuple[Indices, Indices]:
+        """Name free pages in *dst* for *entries*, or for the first of them, of a range of *mm*.
+
+        Which entries got one, and the pages, as numbers from 0.
+        """
+        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
+            self._check_open()
+            self.table_of(mm)
+            pages = self.allocate(entries.size)
+            self._check_allocated(pages, entries.size)
+            self.chunks.take(pages)
+            entries = entries[: pages.size]
+            self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
+        set_page_dirty(self.mem, self.zone.start_pfn + pages)
+        return entries, pages
 
     def _check_allocated(self, pages: Indices, wanted: int) -> None:
         """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
@@ -414,7 +421,7 @@ class DeviceMemory(ABC):
         lost = self.copy_out(pages, self.mem.payload, pfns)
         self.stats.bytes_to_system += entries.size * PAGE_SIZE
         if lost is not None and some(lost):
-            self._give_up(dst, entries[lost], pfns[lost])
+            self.give_up(dst, entries[lost])
 
     def _hand_over(
         self, dst: MigratePfns, entries: Indices, pfns: Pfns, *, referenced: bool = False
@@ -425,8 +432,9 @@ class DeviceMemory(ABC):
         lock_new_page(self.mem, pfns)
         dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
 
-    def _give_up(self, dst: MigratePfns, entries: Indices, pfns: Pfns) -> None:
+    def give_up(self, dst: MigratePfns, entries: Indices) -> None:
         """The contents of *entries* are lost: say so, and free their destinations."""
+        pfns = migrate_pfn_to_pfn(dst[entries])
         unlock_page(self.mem, pfns)
         put_page(self.mem, pfns)
         dst[entries] = MIGRATE_PFN_ERROR
@@ -442,7 +450,7 @@ class DeviceMemory(ABC):
     ) -> None:
         """migrate_vma() over [*start*, *end*), in pieces that suit the cache."""
         to_device = direction is Direction.TO_DEVICE
-        select = _SELECT_SYSTEM if to_device else _SELECT_OWN[self.type]
+        select = _SELECT_SYSTEM if to_device else SELECT_OWN[self.type]
         step = TRANSFER_PAGES << PAGE_SHIFT
         for piece in range(start, end, step):
             stop = min(piece + step, end)
@@ -491,7 +499,7 @@ def _mask(addrs: Addresses, start: int, end: int) -> Mask | None:
     return mask
 
 
-def _vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
+def vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
     """[*addr*, *addr* + *nbytes*), rounded to whole pages, cut at VMA borders."""
     start, end = addr & ~(PAGE_SIZE - 1), (addr + nbytes + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
     if nbytes <= 0:
