@@ -86,6 +86,12 @@ class NoEntry(MmError):
     code = errno.ENOENT
 
 
+class Exists(MmError):
+    """EEXIST: something else is there already."""
+
+    code = errno.EEXIST
+
+
 class Busy(MmError):
     """EBUSY: something still uses what should go away."""
 

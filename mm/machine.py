@@ -17,6 +17,7 @@ from mm.gfp import GFP_KERNEL, Gfp
 from mm.mem_cgroup import MemCgroup
 from mm.memcontrol import mem_cgroup_css_alloc
 from mm.memory_failure import memory_failure, soft_offline_page, unpoison_memory
+from mm.memory_hotplug import add_memory
 from mm.memparse import Size, format_size, memparse
 from mm.migrate import Errnos
 from mm.mm_init import build_nodes
@@ -123,6 +124,16 @@ class Machine:
     def metadata_bytes_per_page(self) -> int:
         """What the columns take for each page."""
         return BYTES_PER_PAGE
+
+    def add_memory(self, size: Size, node: int | None = None) -> None:
+        """*size* bytes of memory more, in *node*: the last one (default) or the next.
+
+        Raises InvalidArgument, OutOfRange, and Exists where a device has physical addresses there.
+        Linux: /sys/devices/system/memory/probe.
+        """
+        nid = len(self.mem.nodes) - 1 if node is None else node
+        add_memory(self.mem, nid, memparse(size) >> PAGE_SHIFT)
+        kswapd_init(self.mem)
 
     def memory_failure(self, pfns: ArrayLike) -> Errnos:
         """Let the contents of frames *pfns*, one or many, be lost: who reads them has SIGBUS.

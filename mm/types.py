@@ -101,8 +101,7 @@ class MemMap:
     ) -> None:
         for column in COLUMNS:
             setattr(self, column.name, np.zeros(limit_pfn, dtype=column.dtype))
-        self.max_pfn = max_pfn  # first PFN above system memory
-        self._first_device_pfn = number(max_pfn)
+        self.grow(max_pfn)
         self.limit_pfn = limit_pfn  # first PFN that no device can have either
         # What the CPU can address, uint8[limit_pfn, 4096]: system and device-public memory. The
         # rows of device-private pages are never touched.
@@ -133,6 +132,11 @@ class MemMap:
         # The MemCgroup of mm/mem_cgroup.py by the number in `memcg`; none until the first is made.
         self.memcgs: dict[int, Any] = {}
         self.memcg_reclaim: Callable[[Any, int], int] | None = None  # mm/vmscan.py fills it
+
+    def grow(self, max_pfn: int) -> None:
+        """System memory ends at *max_pfn* from now on; device memory begins above."""
+        self.max_pfn = max_pfn  # first PFN above system memory
+        self._first_device_pfn = number(max_pfn)
 
     def page_to_nid(self, pfns: Pfns) -> NDArray[np.int16]:
         """NUMA node of each page. Linux: page_to_nid(), include/linux/mm.h."""

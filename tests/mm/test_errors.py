@@ -21,6 +21,7 @@ class TestErrno:
             (mm.PermissionDenied, errno.EPERM),
             (mm.AccessDenied, errno.EACCES),
             (mm.HwPoison, 133),
+            (mm.Exists, errno.EEXIST),
             (mm.Busy, errno.EBUSY),
             (mm.PageHeld, errno.EBUSY),
             (mm.InputOutputError, errno.EIO),
