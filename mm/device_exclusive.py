@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from mm.filemap import lock_page, unlock_page
+from mm.filemap import lock_page, trylock_page, unlock_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_dirty
 from mm.page_vma_mapped import page_vma_mapped_walk
@@ -45,7 +45,7 @@ from mm.swapops import (
 )
 from mm.types import MemMap, MmStruct, Vma, maybe_mkwrite
 from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, word
-from mm.vectors import some, stretches
+from mm.vectors import places, stretches
 
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 
@@ -122,28 +122,48 @@ def remove_device_exclusive_entry(vma: Vma, addrs: Addresses, ptes: Ptes) -> Non
 
 
 def restore_exclusive_pages(mem: MemMap, pfns: Pfns) -> None:
-    """Map those of *pfns* again that devices have for themselves, for every process.
+    """Map those of *pfns* (distinct) again that devices have for themselves, for every process.
 
-    For who must have the pages and cannot wait for a CPU to touch them. Takes mmap_sem of each
-    process for read. Linux: remove_device_exclusive_entry(), mm/memory.c, which waits.
+    For who must have the pages and cannot wait for a CPU to touch them. What somebody has locked
+    stays as it is. Linux: remove_device_exclusive_entry(), mm/memory.c, which waits for a CPU.
     """
-    for mm in dict.fromkeys(vma.vm_mm for vma, _, _ in _exclusive_entries(mem, pfns)):
-        with mm.mmap_sem.read():
-            for vma, addrs, ptes in _exclusive_entries(mem, pfns):
-                if vma.vm_mm is mm:
-                    remove_device_exclusive_entry(vma, addrs, ptes)
+    with mem.locks.atomic:
+        held = pfns[mem.refcount[pfns] > mem.is_zone_device_page(pfns)]
+        get_page(mem, held)
+    locked = held[trylock_page(mem, held)]
+    try:
+        remove_device_exclusive_ptes(mem, locked)
+    finally:
+        unlock_page(mem, locked)
+        put_page(mem, held)
 
 
-def _exclusive_entries(mem: MemMap, pfns: Pfns) -> list[tuple[Vma, Addresses, Ptes]]:
-    """The exclusive entries for any of *pfns*, with their addresses, by VMA."""
-    found = []
+def remove_device_exclusive_ptes(mem: MemMap, pfns: Pfns) -> None:
+    """Let every exclusive entry for *pfns*, locked by the caller, map its page again.
+
+    Linux: remove_device_exclusive_entry(), mm/memory.c, of one entry.
+    """
     for vma, which, addrs in rmap_walk(mem, pfns):
-        with vma.vm_mm.page_table_lock:
-            ptes = mem.tables.entries[pte_offset(mem.tables, vma.vm_mm.pgd, addrs)]
-        there = is_device_exclusive_entry(ptes) & (swp_offset(ptes) == pfns[which])
-        if some(there):
-            found.append((vma, addrs[there], ptes[there]))
-    return found
+        mm = vma.vm_mm
+        taken = places(_exclusive_for(mm, addrs, pfns[which])[1])
+        taken = taken[np.argsort(addrs[taken])]
+        where, wanted = addrs[taken], pfns[which[taken]]
+        for run in stretches(where, PAGE_SIZE):
+            start, end = where[run].item(0), where[run].item(-1) + PAGE_SIZE
+            with (
+                mmu_notifier_range(mm, start, end, MmuNotifyEvent.EXCLUSIVE),
+                mm.page_table_lock,
+            ):
+                at, there = _exclusive_for(mm, where[run], wanted[run])
+                restore_exclusive_pte(vma, at[there], mem.tables.entries[at[there]])
+
+
+def _exclusive_for(mm: MmStruct, addrs: Addresses, pfns: Pfns) -> tuple[Indices, Mask]:
+    """Where the entries of *addrs* are, and which are exclusive ones for *pfns*."""
+    pool = mm.mem.tables
+    at = pte_offset(pool, mm.pgd, addrs)
+    ptes = pool.entries[at]
+    return at, is_device_exclusive_entry(ptes) & (swp_offset(ptes) == pfns)
 
 
 def restore_exclusive_pte(vma: Vma, at: Indices, ptes: Ptes) -> None:

@@ -20,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from mm.device_exclusive import restore_exclusive_pages
+from mm.device_exclusive import remove_device_exclusive_ptes, restore_exclusive_pages
 from mm.filemap import lock_page, unlock_page
 from mm.free_area import take_page_off_buddy
 from mm.gfp import GFP_HIGHUSER_MOVABLE
@@ -135,7 +135,6 @@ def page_handle_poison(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
 def _fail_used_pages(mem: MemMap, pfns: Pfns) -> Errnos:
     """memory_failure() of *pfns* (distinct) that somebody uses, or that are being freed."""
     status = np.full(pfns.size, -errno.EBUSY, dtype=np.int32)
-    restore_exclusive_pages(mem, pfns)
     lru_add_drain_all(mem)
     with mem.locks.atomic:
         held = places(mem.refcount[pfns] > 0)
@@ -146,6 +145,7 @@ def _fail_used_pages(mem: MemMap, pfns: Pfns) -> Errnos:
     except BaseException:
         put_page(mem, ours)
         raise
+    remove_device_exclusive_ptes(mem, ours)
     on_list = isolate_lru_page(mem, ours)
     on_list[on_list] = _hwpoison_user_mappings(mem, ours[on_list])
     gone = ours[on_list]
