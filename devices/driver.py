@@ -24,11 +24,11 @@ from mm.errors import (
     OutOfMemory,
     SegmentationFault,
 )
-from mm.gup import set_page_dirty
 from mm.highmem import copy_highpages, memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
 from mm.memory import handle_mm_fault
 from mm.mmap import TASK_SIZE_MAX, find_vma
+from mm.page_cache import set_page_dirty
 from mm.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,
@@ -243,9 +243,7 @@ class Driver(DeviceMemory):
             ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
             ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
             writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
-            pfns = pte_pfn(ptes[ready])
-            if table.map(addrs[ready], pfns, writable):
-                set_page_dirty(self.mem, pfns[writable])
+            if table.map(addrs[ready], pte_pfn(ptes[ready]), writable):
                 return ready
         return np.zeros_like(ready)
 
@@ -297,6 +295,7 @@ class Driver(DeviceMemory):
             loaded[which] = flat[at]
             stores = write[which]
             flat[at[stores]] = words[which[stores]]
+        set_page_dirty(self.mem, pfns[write[now]])
 
     def _stream(
         self,
@@ -319,7 +318,10 @@ class Driver(DeviceMemory):
                 ptes = table.lookup(near)
                 ready = has(ptes, need)
                 used = near.size if every(ready) else int(np.argmin(ready))
-                self._move_prefix(addr, near[:used], pte_pfn(ptes[:used]), move)
+                pfns = pte_pfn(ptes[:used])
+                self._move_prefix(addr, near[:used], pfns, move)
+                if write:
+                    set_page_dirty(self.mem, pfns)
             done += used
             rounds = 0 if used else rounds + 1
             if used < min(batch, near.size):
@@ -361,6 +363,7 @@ class Driver(DeviceMemory):
             views[target][...] = result
         for (_, frames), memory in zip(areas, contents, strict=True):
             self._scatter(memory, frames)
+        set_page_dirty(self.mem, pfns)
 
     def _gather(self, pfns: Pfns) -> Payload:
         """The contents of *pfns* in a row: a view where they lie so, else a copy."""

@@ -35,7 +35,6 @@ from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.gup import set_page_dirty
 from mm.machine import Machine
 from mm.memparse import Size, memparse
 from mm.mempolicy import alloc_pages_vma
@@ -394,8 +393,6 @@ class DeviceMemory(ABC):
             self.chunks.take(pages)
             entries = entries[: pages.size]
             self._hand_over(dst, entries, self.zone.start_pfn + pages)
-        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
-        set_page_dirty(self.mem, self.zone.start_pfn + pages)
         return entries, pages
 
     def _check_allocated(self, pages: Indices, wanted: int) -> None:

@@ -53,7 +53,7 @@ from mm.errors import (
     SegmentationFault,
 )
 from mm.filemap import unlock_page
-from mm.gup import make_device_exclusive_range, set_page_dirty
+from mm.gup import make_device_exclusive_range
 from mm.locking import SpinLock, cond_resched
 from mm.mmap import find_vma
 from mm.mmu_notifier import (
@@ -66,6 +66,7 @@ from mm.mmu_notifier import (
     mmu_interval_read_retry,
     mmu_interval_set_seq,
 )
+from mm.page_cache import set_page_dirty
 from mm.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,

@@ -53,9 +53,10 @@ from mm.memcontrol import (
     mem_cgroup_try_charge,
     mem_cgroup_uncharge,
 )
-from mm.memory import anon_entries, lru_cache_add_active, pte_offset_alloc
+from mm.memory import anon_entries, pte_offset_alloc
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.page_cache import page_in_cache
 from mm.page_flags import PG_lru, PG_swapcache, PG_uptodate
 from mm.pgtable import pte_none, pte_present, pte_special
 from mm.rmap import (
@@ -70,6 +71,7 @@ from mm.swap import (
     isolate_lru_page,
     lru_add_drain,
     lru_add_drain_all,
+    lru_cache_add_active,
     put_page,
     putback_lru_page,
 )
@@ -138,7 +140,7 @@ def _restore_pinned(migrate: Migration) -> None:
 
 
 def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
-    """True for pages without references but their mappings, the swap cache and the migration.
+    """True for pages without references but their mappings, a cache and the migration.
 
     A device-private page always passes: the CPU threads that wait for it hold references, and
     two of them would keep each other out for good. Unlike Linux v4.20, a device-public page
@@ -155,6 +157,8 @@ def _references_besides(mem: MemMap, pfns: Pfns) -> NDArray[np.int32]:
     """References to each page that are neither a mapping, nor ours, nor that of a free page."""
     which = rows(pfns)
     extra = mem.refcount[which] - mem.mapcount[which] - has(mem.flags[which], PG_swapcache)
+    if mem.mappings:
+        extra -= page_in_cache(mem, pfns)
     return extra - 1 - mem.is_zone_device_page(pfns)
 
 
@@ -255,7 +259,7 @@ def migrate_device_pages(migrate: Migration) -> None:
         migrate.drop(migrate.entries[has(words, MIGRATE_PFN_ERROR)], Stayed.LOST)
     anon = page_anon(mem, migrate.pfns)
     if not every(anon):
-        refused = moved & ~anon  # only the page cache can move its own
+        refused = ~anon & has(words, _CHOSEN)  # no device has pages of files, nor can it lose them
         migrate.drop(migrate.entries[refused], Stayed.REFUSED)
         moved &= ~refused
     if migrate.held.size:  # whoever held it may have stored to it after it was copied

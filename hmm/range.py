@@ -37,7 +37,7 @@ from mm.errors import (
     SegmentationFault,
 )
 from mm.locking import cond_resched, preempt
-from mm.memory import Faults, handle_mm_fault
+from mm.memory import handle_mm_fault
 from mm.migrate import migration_entry_wait
 from mm.mmap import find_vma
 from mm.mmu_notifier import MmuIntervalNotifier, mmu_interval_check_retry
@@ -70,7 +70,18 @@ from mm.types import (
     Vma,
     VmFault,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, Word, word
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Faults,
+    Indices,
+    Mask,
+    Pfns,
+    Ptes,
+    Word,
+    word,
+)
 from mm.uaccess import served_in_vain
 from mm.vectors import distinct, every, has, places, some
 
@@ -224,8 +235,13 @@ class HmmVmaWalk:
         return ours[mem.zone[pfns]]
 
     def fault(self, vma: Vma, addrs: Addresses, ptes: Ptes, *, write: bool) -> Faults:
-        """Serve the faults at *addrs*, whose entries are *ptes*."""
-        return handle_mm_fault(vma, addrs, write=write)
+        """Serve the faults at *addrs*, whose entries are *ptes*, one after the other."""
+        faults = handle_mm_fault(vma, addrs, write=write)
+        if vma.vm_file is not None:
+            around = places(faults == VmFault.RETRY)  # mapped by the fault of a neighbour
+            if around.size:
+                faults[around] = handle_mm_fault(vma, addrs[around], write=write)
+        return faults
 
     def wait(self, pfns: Pfns) -> None:
         """Wait for *pfns*, which are on their way."""

@@ -34,10 +34,9 @@ from hmm.range import (
 )
 from mm.errors import Busy, InvalidArgument, InvalidRange, PermissionDenied, WouldBlock
 from mm.filemap import page_locked
-from mm.memory import Faults
 from mm.swapops import is_device_private_entry, is_migration_entry, swp_offset
 from mm.types import VM_HUGETLB, VM_READ, VM_SPECIAL, MemMap, Vma, VmFault
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, word
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import every, has, some
 
 

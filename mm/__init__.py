@@ -32,6 +32,7 @@ from mm.errors import (
     WouldBlock,
 )
 from mm.machine import Machine
+from mm.mem_cgroup import MemCgroup
 from mm.process import Process
 from mm.typing import PAGE_SIZE
 
@@ -49,6 +50,7 @@ __all__ = [
     "InvalidRange",
     "KernelBug",
     "Machine",
+    "MemCgroup",
     "Misplaced",
     "NoSuchNode",
     "NotMapped",

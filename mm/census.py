@@ -15,6 +15,7 @@ from mm.pgtable import (
     pte_present,
     pte_special,
 )
+from mm.shmem import shmem_mapping
 from mm.swapops import (
     is_device_exclusive_entry,
     is_device_private_entry,
@@ -24,6 +25,7 @@ from mm.swapops import (
 )
 from mm.types import VM_LOCKED, MemMap, MmStruct, Vma
 from mm.typing import Addresses, Mask, Pfns, Ptes
+from mm.xarray import MAX_INDEX, xa_is_value, xa_to_value
 
 _SHOWN: Final = 4  # pages that a complaint names
 
@@ -36,8 +38,8 @@ class Census(NamedTuple):
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
     waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
-    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins and the swap cache, by
-    PFN; swapped: entries that hold each slot.
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, the page cache and the
+    swap cache, by PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
@@ -75,6 +77,12 @@ def take_census(mem: MemMap) -> Census:
     for pin in mem.pins:
         np.add.at(held, pin.counted(pin.pfns), np.int32(pin.refs))
     held[mem.zero_pfn] += 1
+    for mapping in mem.mappings.values():
+        _, entries = mapping.i_pages.find(0, MAX_INDEX)
+        np.add.at(held, entries[(entries > 0) & (entries < mem.limit_pfn)], one)
+        if shmem_mapping(mapping):
+            slots = xa_to_value(entries[xa_is_value(entries)])
+            np.add.at(swapped, slots[slots < mem.swap.max], one)
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
     return Census(pages, mapped, waiting, taken, locked, held, swapped)

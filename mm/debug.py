@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from mm.census import Census, Complaints, complain, dirty_in_tables, take_census
+from mm.debug_cache import check_files, check_page_cache
 from mm.debug_memcg import check_memcgs
 from mm.debug_mm import (
     check_anon_vmas,
@@ -42,7 +43,7 @@ from mm.page_flags import (
 )
 from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
 from mm.swap_slots import SWAP_HAS_CACHE
-from mm.types import MemMap
+from mm.types import MemMap, page_anon
 
 _KNOWN_FLAGS: Final = np.bitwise_or.reduce(list(FLAG_NAMES.values()))
 
@@ -119,7 +120,7 @@ def check_counts(mem: MemMap, census: Census) -> Complaints:
     expected = tables + census.taken[pages] + census.held[pages] + mem.is_zone_device_page(pages)
     expected += poisoned
     yield from complain(
-        "refcount", pages, refcount != expected, "not its mappings, pagevecs, pins and swap cache"
+        "refcount", pages, refcount != expected, "not its mappings, pagevecs, pins and caches"
     )
     yield from complain("flags", pages, poisoned & (mapcount != 0), "poisoned, and yet mapped")
     if mem.num_poisoned_pages != np.count_nonzero(poisoned):
@@ -128,9 +129,11 @@ def check_counts(mem: MemMap, census: Census) -> Complaints:
     yield from complain(
         "flags", pages, (census.waiting[pages] > 0) & unlocked, "migration entries, but not locked"
     )
-    anon = int(np.count_nonzero(mapcount))
-    if mem.vmstat["nr_anon_pages"] != anon:
-        yield f"nr_anon_pages: says {mem.vmstat['nr_anon_pages']}, {anon} pages are mapped"
+    mapped = pages[mapcount != 0]
+    anon = int(np.count_nonzero(page_anon(mem, mapped)))
+    for name, count in (("nr_anon_pages", anon), ("nr_mapped", mapped.size - anon)):
+        if mem.vmstat[name] != count:
+            yield f"{name}: says {mem.vmstat[name]}, {count} pages are mapped"
 
 
 def check_flags(mem: MemMap, census: Census) -> Complaints:
@@ -157,7 +160,7 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     own = (flags & PG_anon_exclusive) != 0
     shared = census.mapped[pages] + census.taken[pages] > 1
     yield from complain("flags", pages, own & shared, "shared, yet exclusive")
-    pinned = (census.held[pages] >= GUP_PIN_COUNTING_BIAS) & ~poisoned
+    pinned = (census.held[pages] >= GUP_PIN_COUNTING_BIAS) & page_anon(mem, pages) & ~poisoned
     yield from complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
 
 
@@ -201,8 +204,9 @@ def check_lru(mem: MemMap, census: Census) -> Complaints:
         count = sum(node.lruvec[lru].nr_pages for node in mem.nodes)
         if mem.vmstat[name] != count:
             yield f"{name}: says {mem.vmstat[name]}, the lists hold {count}"
-    if mem.vmstat["nr_isolated_anon"]:
-        yield f"nr_isolated_anon: says {mem.vmstat['nr_isolated_anon']}, yet nobody moves pages"
+    for name in ("nr_isolated_anon", "nr_isolated_file"):
+        if mem.vmstat[name]:
+            yield f"{name}: says {mem.vmstat[name]}, yet nobody moves pages"
     waiting = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for pagevec in mem.pagevecs:
         waiting[pagevec.live()] = True
@@ -255,6 +259,8 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_mlocked,
     check_lru,
     check_swap,
+    check_page_cache,
+    check_files,
     check_entries,
     check_anon_vmas,
     check_vmas,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mm.census import Census, Complaints, complain, used_entries
+from mm.page_cache import page_in_cache
+from mm.page_flags import PG_swapbacked
 from mm.pagewalk import walk_page_range
 from mm.pgtable import (
     PTRS_PER_PTE,
@@ -34,13 +36,20 @@ from mm.vectors import some
 def check_entries(mem: MemMap, census: Census) -> Complaints:
     """Every entry maps a page that may be there, with rights that the VMA gives."""
     for mm in mem.mms:
-        anon = swapents = 0
+        anon = filed = shmem = swapents = 0
         for vma, addrs, ptes in used_entries(mm):
             present, special = pte_present(ptes), pte_special(ptes)
             private, moving = is_device_private_entry(ptes), is_migration_entry(ptes)
             poisoned, taken = is_hwpoison_entry(ptes), is_device_exclusive_entry(ptes)
             swapped, slots = is_swap_entry(ptes), swp_offset(ptes)
-            anon += int(np.count_nonzero((present & ~special) | private | moving | taken))
+            there = np.where(present, pte_pfn(ptes), slots)
+            there = there[(present & ~special) | private | moving | taken]
+            there = there[(there >= 0) & (there < mem.limit_pfn)]
+            cached = page_in_cache(mem, there)
+            swapbacked = cached & ((mem.flags[there] & PG_swapbacked) != 0)
+            anon += int(np.count_nonzero(~cached))
+            filed += int(np.count_nonzero(cached & ~swapbacked))
+            shmem += int(np.count_nonzero(swapbacked))
             swapents += int(np.count_nonzero(swapped))
             odd = ~(present | private | moving | poisoned | taken | swapped)
             odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
@@ -56,10 +65,10 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
             own[own] = census.swapped[slots[own]] != 1
             yield from complain("page table", addrs, own, f"others hold the slot too, {vma!r}")
             yield from _check_owner(mem, vma, addrs, ptes, present & ~special, private | taken)
-        if anon != mm.anon_rss:
-            yield f"anon_rss: {mm.name} says {mm.anon_rss}, its page tables hold {anon}"
-        if swapents != mm.swapents:
-            yield f"swapents: {mm.name} says {mm.swapents}, its page tables hold {swapents}"
+        held = {"anon_rss": anon, "file_rss": filed, "shmem_rss": shmem, "swapents": swapents}
+        for name, count in held.items():
+            if getattr(mm, name) != count:
+                yield f"{name}: {mm.name} says {getattr(mm, name)}, its page tables hold {count}"
 
 
 def _check_owner(
@@ -82,9 +91,11 @@ def _check_owner(
     index = ((places - vma.vm_start) >> PAGE_SHIFT) + vma.vm_pgoff
     yield from complain("index", pfns, mem.index[pfns] != index, f"not its offset in {vma!r}")
     owners = [(a.number << 2) | 1 for a in vma.anon_vma_chain]
-    yield from complain(
-        "mapping", pfns, ~np.isin(mem.mapping[pfns], owners), f"not an anon_vma of {vma!r}"
-    )
+    rule = "not an anon_vma of"
+    if vma.vm_file is not None:
+        owners.append(vma.vm_file.f_mapping.number << 2)
+        rule = "not the file or an anon_vma of"
+    yield from complain("mapping", pfns, ~np.isin(mem.mapping[pfns], owners), f"{rule} {vma!r}")
 
 
 def check_anon_vmas(mem: MemMap, census: Census) -> Complaints:

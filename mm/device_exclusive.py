@@ -43,7 +43,7 @@ from mm.swapops import (
     pte_swp_soft_dirty,
     swp_offset,
 )
-from mm.types import MemMap, MmStruct, Vma, maybe_mkwrite
+from mm.types import MemMap, MmStruct, Vma, maybe_mkwrite, page_anon
 from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import places, stretches
 
@@ -54,14 +54,16 @@ def make_device_exclusive(mm: MmStruct, addrs: Addresses, pfns: Pfns, owner: obj
     """Take *pfns* (locked, with a reference each) at *addrs* of *mm* away from every CPU.
 
     False where *mm* does not map the page there any more, or may not store to it, or somebody
-    still maps it. *owner* is told to whoever watches, so that the device knows its own doing.
+    still maps it, and for pages of files, which others reach without a mapping. *owner* is told to
+    whoever watches, so that the device knows its own doing.
     Linux: folio_make_device_exclusive(), mm/rmap.c.
     """
     mem = mm.mem
     taken = np.zeros(pfns.size, dtype=np.bool_)
-    for vma, found_pages, found_addrs in rmap_walk(mem, pfns):
+    anon = places(page_anon(mem, pfns))
+    for vma, found_pages, found_addrs in rmap_walk(mem, pfns[anon]):
         order = np.argsort(found_addrs)
-        which, where = found_pages[order], found_addrs[order]
+        which, where = anon[found_pages[order]], found_addrs[order]
         for run in stretches(where, PAGE_SIZE):
             start, end = where[run].item(0), where[run].item(-1) + PAGE_SIZE
             with (

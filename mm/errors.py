@@ -80,6 +80,30 @@ class InputOutputError(MmError):
     code = errno.EIO
 
 
+class BadFile(MmError):
+    """EBADF: a file that is closed, or open for something else."""
+
+    code = errno.EBADF
+
+
+class FileTooLarge(MmError):
+    """EFBIG: no file has bytes at that place."""
+
+    code = errno.EFBIG
+
+
+class NoSpace(MmError):
+    """ENOSPC: the file system has no room left."""
+
+    code = errno.ENOSPC
+
+
+class NotSupported(MmError):
+    """EOPNOTSUPP: that kind of file cannot do it."""
+
+    code = errno.EOPNOTSUPP
+
+
 class NoEntry(MmError):
     """ENOENT: what was asked for is not there."""
 
@@ -114,6 +138,12 @@ class Misplaced(MmError):
     code = errno.EIO
 
 
+class NoDevice(MmError):
+    """ENODEV: that kind of file cannot be mapped."""
+
+    code = errno.ENODEV
+
+
 class NoSuchNode(MmError):
     """ENODEV: a page shall go to a node that the machine does not have."""
 
@@ -137,13 +167,14 @@ class SegmentationFault(MmError):
 
 
 class BusError(MmError):
-    """EFAULT: the mapping is there, its contents are lost (SIGBUS)."""
+    """EFAULT: the mapping is there, its contents are not (SIGBUS); *poisoned*: lost for good."""
 
     code = errno.EFAULT
 
-    def __init__(self, address: int, message: str) -> None:
+    def __init__(self, address: int, message: str, *, poisoned: bool = True) -> None:
         super().__init__(message)
         self.address = address
+        self.poisoned = poisoned
 
 
 class HwPoison(MmError):

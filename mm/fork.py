@@ -7,7 +7,8 @@
 
 A page that both map is nobody's own any more: the first store by either takes a copy, or the page
 as it is when the other has let go of it. What is pinned is copied at once, as whoever has it
-pinned means the parent's page. Memory without an anon_vma has nothing that a fault would not bring.
+pinned means the parent's page. Memory without an anon_vma has nothing that a fault would not
+bring: nothing at all, or pages of a file.
 Linux: dup_mmap(), kernel/fork.c; copy_page_range(), mm/memory.c.
 """
 
@@ -21,7 +22,8 @@ from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.memory import alloc_charged_pages, lru_cache_add_active
+from mm.memcontrol import mem_cgroup_oom_synchronize
+from mm.memory import alloc_charged_pages
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
@@ -38,9 +40,9 @@ from mm.pgtable import (
     pte_present,
     pte_special,
 )
-from mm.rmap import page_add_anon_rmap, page_add_new_anon_rmap
+from mm.rmap import add_mm_counter, page_add_new_anon_rmap, page_dup_rmap
 from mm.sched import current_task
-from mm.swap import get_page, page_maybe_dma_pinned, put_page
+from mm.swap import get_page, lru_cache_add_active, page_maybe_dma_pinned, put_page
 from mm.swap_slots import swap_duplicate
 from mm.swapops import (
     SWP_EXCLUSIVE,
@@ -63,7 +65,7 @@ from mm.types import (
 )
 from mm.typing import Addresses, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import has, places, some
-from mm.vma import insert_vma
+from mm.vma import insert_vma, vma_inherit
 
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
@@ -94,9 +96,8 @@ def _dup_vma(mm: MmStruct, vma: Vma) -> None:
     if vma.vm_flags & VM_ACCOUNT:
         vm_enough_memory(mm.mem, vma_pages(vma), "fork")
     copy = Vma(mm, vma.vm_start, vma.vm_end, vma.vm_flags & ~VM_LOCKED_MASK, vma.vm_pgoff)
-    copy.vm_file = vma.vm_file
-    copy.vm_policy = vma.vm_policy
-    insert_vma(copy)
+    vma_inherit(copy, vma)
+    insert_vma(copy, vma)
     vm_stat_account(mm, copy.vm_flags, vma_pages(copy))
     if not vma.vm_flags & VM_WIPEONFORK:
         anon_vma_fork(copy, vma)
@@ -170,12 +171,12 @@ def _copy_ptes(dst: Vma, at: Indices, ptes: Ptes) -> tuple[Ptes, Indices]:
 
     mapped = (mapped | private) & ~pinned
     get_page(mem, pfns[mapped | pinned])
-    page_add_anon_rmap(dst, pfns[mapped])
+    page_dup_rmap(dst, pfns[mapped])
     with mem.locks.atomic:
         mem.flags[pfns[mapped]] &= _NOT_EXCLUSIVE
     swap_duplicate(mem.swap, swp_offset(ptes[swapped]))
     dst.vm_mm.swapents += int(np.count_nonzero(swapped))
-    dst.vm_mm.anon_rss += int(np.count_nonzero(mapped | moving))
+    add_mm_counter(dst, np.where(moving, swp_offset(ptes), pfns)[mapped | moving], 1)
 
     shared = np.where(present, ptes & _NOT_WRITABLE, make_readable(ptes) & _SHARED_SLOT)
     copied = np.where(present, shared & _NOT_ACCESSED, shared)
@@ -194,10 +195,11 @@ def _copy_pinned(dst: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
         new = alloc_charged_pages(dst, addrs, GFP_HIGHUSER_MOVABLE)
         if new.size < pfns.size:
             put_page(mem, new, cpu)
-            where = "the machine" if mm.memcg is None else f"{mm.memcg}"
+            mem_cgroup_oom_synchronize()
+            payer = "" if mm.memcg is None else f" for {mm.memcg}"
             raise OutOfMemory(
                 f"fork: {pfns.size} pages of {mm.name} are copied as they are pinned, and "
-                f"{where} has room for {new.size}; unpin or unmap something"
+                f"{new.size} frames are free{payer}; unpin or unmap something"
             )
         if mem.payload is not None:
             mem.payload[new] = mem.payload[pfns]

@@ -22,10 +22,11 @@ from mm.errors import BusError, Busy, HwPoison, InvalidArgument, MmError, NotMap
 from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
-from mm.memory import Faults, handle_mm_fault
+from mm.memory import handle_mm_fault
 from mm.migrate_device import migrate_device_coherent_page
 from mm.mmap import find_vma
-from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_referenced
+from mm.page_cache import set_page_dirty
+from mm.page_flags import PG_anon_exclusive, PG_referenced
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_soft_dirty, pte_write
 from mm.swap import GUP_PIN_COUNTING_BIAS, get_page, put_page
 from mm.types import (
@@ -45,16 +46,21 @@ from mm.types import (
     Vma,
     VmFault,
     page_anon,
-)
-from mm.typing import NO_PAGES, PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
-from mm.uaccess import (
-    MAX_RETRIES,
-    bad_area,
-    mm_fault_error,
-    page_range,
     payload_of,
-    served_in_vain,
 )
+from mm.typing import (
+    NO_PAGES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Faults,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    Ptes,
+)
+from mm.uaccess import MAX_RETRIES, bad_area, mm_fault_error, page_range, served_in_vain
 from mm.vectors import every, has, places, some
 
 FOLL_WRITE: Final = 1 << 0  # to store to
@@ -137,12 +143,6 @@ class Pin:
             self.mem.vmstat.add("nr_foll_pin_released", held.size)
 
 
-def set_page_dirty(mem: MemMap, pfns: Pfns) -> None:
-    """Say that *pfns* differ from their copies in swap. Linux: set_page_dirty()."""
-    with mem.locks.atomic:
-        mem.flags[pfns] |= PG_dirty
-
-
 # look
 
 
@@ -156,8 +156,15 @@ def check_vma_flags(vma: Vma, gup_flags: int) -> bool:
     if flags & (VM_IO | VM_PFNMAP):
         return False
     if gup_flags & FOLL_WRITE:
+        if gup_flags & FOLL_LONGTERM and flags & VM_SHARED and _tracks_dirty(vma):
+            return False  # its file would never hear of the stores
         return bool(flags & VM_WRITE or (force and is_cow_mapping(vma)))
     return bool(flags & VM_READ or (force and flags & VM_MAYREAD))
+
+
+def _tracks_dirty(vma: Vma) -> bool:
+    """Linux: vma_needs_dirty_tracking(), mm/mmap.c, v6.5."""
+    return vma.vm_ops is not None and vma.vm_ops.page_mkwrite is not None
 
 
 def is_cow_mapping(vma: Vma) -> bool:
@@ -349,7 +356,7 @@ def access_remote_vm(mm: MmStruct, addr: int, buf: Payload, *, write: bool) -> i
     read-only. Stops at the first page that cannot be had; the bytes that were copied.
     Linux: access_remote_vm(), mm/memory.c.
     """
-    payload, done = payload_of(mm), 0
+    payload, done = payload_of(mm.mem), 0
     flags = FOLL_FORCE | FOLL_GET | FOLL_TOUCH | (FOLL_WRITE if write else 0)
     addrs = page_range(addr, buf.size)
     while done < buf.size:
@@ -442,7 +449,7 @@ def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> No
     """Fault in [*start*, *end*) as loads or stores of the process would. Takes mmap_sem for read.
 
     What comes before a place where that fails is faulted in. Raises NotMapped at a hole,
-    InvalidArgument where the VMA forbids it, HwPoison, OutOfMemory.
+    InvalidArgument where the VMA forbids it, HwPoison, BusError, OutOfMemory.
     Linux: faultin_page_range(), mm/gup.c, v6.10.
     """
     flags, addr = FOLL_TOUCH | (FOLL_WRITE if write else 0), start
@@ -456,7 +463,7 @@ def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> No
                 raise InvalidArgument(f"{mm.name}: {what} {addr:#x} is not allowed by {vma!r}")
             stop = min(vma.vm_end, end)
             failure = _fault_in(mm, addr, stop, flags)
-            if isinstance(failure, BusError):
+            if isinstance(failure, BusError) and failure.poisoned:
                 raise HwPoison(f"populate: {failure.strerror}") from failure
             if failure is not None:
                 raise failure

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from mm.debug import verify
 from mm.errors import InvalidArgument
+from mm.fs import File
 from mm.gfp import GFP_KERNEL, Gfp
 from mm.mem_cgroup import MemCgroup
 from mm.memcontrol import mem_cgroup_css_alloc
@@ -25,6 +26,7 @@ from mm.page_alloc import alloc_pages_bulk, nr_free_pages
 from mm.page_flags import PG_reserved
 from mm.pgtable import PTRS_PER_PTE
 from mm.process import Process
+from mm.shmem import memfd_create
 from mm.swap import lru_add_drain_all
 from mm.swapfile import swapon
 from mm.types import BYTES_PER_PAGE, MemMap
@@ -93,8 +95,12 @@ class Machine:
         if not 0 <= cpu < len(self.mem.cpu_to_node):
             raise InvalidArgument(f"cpu {cpu}: this machine has {len(self.mem.cpu_to_node)}")
         process = Process(self.mem, name, cpu)
-        if cgroup is not None:
-            process.move_to(cgroup)
+        try:
+            if cgroup is not None:
+                process.move_to(cgroup)
+        except BaseException:
+            process.exit()
+            raise
         return process
 
     def cgroup(self, path: str, limit: Size | None = None) -> MemCgroup:
@@ -108,6 +114,13 @@ class Machine:
         if limit is not None:
             memcg.limit = limit
         return memcg
+
+    def memfd_create(self, name: str = "") -> File:
+        """An empty file in memory, gone when nobody has it open or maps it any more.
+
+        File.truncate() gives it its size. Linux: memfd_create(2).
+        """
+        return memfd_create(self.mem, name)
 
     @property
     def vmstat(self) -> VmStat:

@@ -13,8 +13,23 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from mm.errors import Busy, InputOutputError, InvalidArgument, NotMapped, OutOfMemory
+from mm.errors import (
+    AccessDenied,
+    Busy,
+    InputOutputError,
+    InvalidArgument,
+    NotMapped,
+    OutOfMemory,
+)
 from mm.filemap import trylock_page, unlock_page
+from mm.filemap_io import force_page_cache_readahead
+from mm.fs import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    fput,
+    get_file,
+    vfs_fallocate,
+)
 from mm.gup import faultin_page_range, get_user_pages
 from mm.memory_failure import memory_failure, soft_offline_page
 from mm.mmap import find_vma, page_align
@@ -30,10 +45,11 @@ from mm.page_flags import (
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import _PAGE_ACCESSED, _PAGE_DIRTY, pte_pfn, pte_present, pte_special
 from mm.sched import current_task
-from mm.swap import deactivate_page, lru_add_drain, mark_page_lazyfree, put_page
+from mm.shmem import shmem_mapping, shmem_swapin_range
+from mm.swap import deactivate_page, lru_add_drain, mark_page_lazyfree
 from mm.swap_state import lookup_swap_cache
 from mm.swapfile import free_swap_and_cache, try_to_free_swap
-from mm.swapin import read_swap_cache
+from mm.swapin import read_swap_cache_async
 from mm.swapops import is_hwpoison_entry, is_swap_entry, swp_offset
 from mm.types import (
     VM_DONTCOPY,
@@ -41,6 +57,8 @@ from mm.types import (
     VM_HUGEPAGE,
     VM_IO,
     VM_LOCKED,
+    VM_MAYSHARE,
+    VM_MAYWRITE,
     VM_MERGEABLE,
     VM_NOHUGEPAGE,
     VM_PFNMAP,
@@ -54,7 +72,7 @@ from mm.types import (
     Vma,
     vma_is_anonymous,
 )
-from mm.typing import PAGE_SIZE, Indices, Mask, Pfns, Ptes, word
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import has, joined, places, some
 from mm.vma import vma_modify_flags
 from mm.vmscan import reclaim_pages
@@ -113,6 +131,8 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: str) -> None:
             _walk_vmas(mm, start, end, _READERS[advice])
     elif advice in ("hwpoison", "soft_offline"):
         madvise_inject_error(mm, start, end, advice)
+    elif advice == "remove":
+        _remove_from_files(mm, start, end)
     elif advice in ("populate_read", "populate_write"):
         faultin_page_range(mm, start, end, write=advice == "populate_write")
     else:
@@ -161,6 +181,8 @@ def _madvise_flags(advice: str) -> Visit:
     def visit(vma: Vma, start: int, end: int) -> Vma:
         if vma.vm_flags & flags.refused or (advice == "wipeonfork" and not vma_is_anonymous(vma)):
             raise InvalidArgument(f"madvise: {vma!r} cannot be advised to {advice}")
+        if advice == "mergeable" and vma.vm_flags & (VM_SHARED | VM_MAYSHARE | VM_SPECIAL):
+            return vma  # ksmd would not look at it
         vm_flags = vma.vm_flags & ~flags.clear | flags.set
         if vm_flags == vma.vm_flags:
             return vma
@@ -280,27 +302,54 @@ def _take_for_reclaim(vma: Vma, start: int, end: int, advice: str) -> Pfns:
 
 
 def _madvise_willneed(vma: Vma, start: int, end: int) -> Vma:
-    """Read what is in swap into the swap cache. Linux: madvise_willneed(), mm/madvise.c."""
+    """Read what is in swap into the swap cache, and what is on disk into the page cache.
+
+    Linux: madvise_willneed(), mm/madvise.c.
+    """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
+    if vma.vm_file is not None:
+        pgoff = vma.vm_pgoff + ((start - vma.vm_start) >> PAGE_SHIFT)
+        stop = pgoff + ((end - start) >> PAGE_SHIFT)
+        swapped = shmem_mapping(vma.vm_file.f_mapping)
+        read_ahead = shmem_swapin_range if swapped else force_page_cache_readahead
+        read_ahead(vma.vm_file.f_mapping, pgoff, stop)
     for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
-        swapped = places(is_swap_entry(run.ptes))
-        slots, first = np.unique(swp_offset(run.ptes[swapped]), return_index=True)
+        away = places(is_swap_entry(run.ptes))
+        slots, first = np.unique(swp_offset(run.ptes[away]), return_index=True)
         absent = lookup_swap_cache(mem, slots) == 0
         if some(absent):
-            addrs = run.addrs[swapped[first[absent]]]
-            pfns, _ = read_swap_cache(vma, addrs, slots[absent])
-            unlock_page(mem, pfns[pfns > 0])
-            put_page(mem, pfns[pfns > 0])
+            addrs = run.addrs[away[first[absent]]]
+            read_swap_cache_async(vma, addrs, slots[absent])
     lru_add_drain(mem, current_task().cpu)
     return vma
 
 
-def _madvise_remove(vma: Vma, start: int, end: int) -> Vma:
-    """Punch a hole into the file behind a mapping, which private memory has not.
-
-    Linux: madvise_remove(), mm/madvise.c.
+def _remove_from_files(mm: MmStruct, start: int, end: int) -> None:
+    """Punch holes into the files behind shared mappings. Takes mmap_sem for read, and lets it go
+    for each, as the pages are then taken out of this mm too. Linux: madvise_remove(), mm/madvise.c.
     """
-    raise InvalidArgument(f"madvise: {vma!r} has no file to remove from")
+    addr, hole = start, None
+    while addr < end:
+        with mm.mmap_sem.read():
+            vma = find_vma(mm, addr)
+            if vma is None or vma.vm_start > addr:
+                hole = addr if hole is None else hole
+            if vma is None or vma.vm_start >= end:
+                break
+            first, addr = max(addr, vma.vm_start), min(vma.vm_end, end)
+            _refuse(vma, VM_LOCKED, "remove")
+            if vma.vm_file is None:
+                raise InvalidArgument(f"madvise: {vma!r} has no file to remove from")
+            if vma.vm_flags & (VM_SHARED | VM_MAYWRITE) != VM_SHARED | VM_MAYWRITE:
+                raise AccessDenied(f"madvise: {vma!r} is private, or its file may not be written")
+            file, pos = vma.vm_file, (vma.vm_pgoff << PAGE_SHIFT) + first - vma.vm_start
+            get_file(file)
+        try:
+            vfs_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pos, addr - first)
+        finally:
+            fput(file)
+    if hole is not None:
+        raise NotMapped(f"madvise: nothing is mapped at {hole:#x}")
 
 
 def _refuse(vma: Vma, vm_flags: int, advice: str) -> None:
@@ -315,12 +364,12 @@ _READERS: Final[dict[str, Visit]] = {
     "cold": _madvise_cold,
     "pageout": _madvise_pageout,
     "willneed": _madvise_willneed,
-    "remove": _madvise_remove,
 }
 _INJECTED: Final = {error.code: error for error in (Busy, InputOutputError, OutOfMemory)}
 ADVICE: Final = (
     *_FLAGS,
     *_READERS,
+    "remove",
     "populate_read",
     "populate_write",
     "hwpoison",

@@ -4,6 +4,7 @@ handle_mm_fault() gets a vector of addresses of one VMA that a thread touched an
 reach. By what the page table holds there each goes one way:
 
     nothing                    do_anonymous_page   the zero page for a read, a frame for a write
+                               do_fault            of a file: its page, or a copy of that
     not present                do_swap_page        in swap, with a device, on its way, or lost
     present, wants to store    do_wp_page          its own copy, or the page as it is if unshared
              or to be its own
@@ -14,14 +15,14 @@ as a CPU runs its instruction again.
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mm.anon_vma import anon_vma_prepare
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import KernelBug
+from mm.fault_file import do_fault, wp_page_shared
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
@@ -29,7 +30,7 @@ from mm.memcontrol import cancel_charge, commit_charge, mem_cgroup_precharge
 from mm.mempolicy import alloc_pages_vma
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
-from mm.page_flags import PG_active, PG_anon_exclusive, PG_uptodate
+from mm.page_flags import PG_anon_exclusive, PG_uptodate
 from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DEVMAP,
@@ -47,12 +48,13 @@ from mm.pgtable import (
     pte_write,
 )
 from mm.rmap import (
+    add_mm_counter,
     page_add_new_anon_rmap,
     page_move_anon_rmap,
     page_remove_rmap,
 )
 from mm.sched import current_task
-from mm.swap import lru_cache_add, put_page
+from mm.swap import lru_cache_add_active, put_page
 from mm.swapfile import free_pages_and_swap_cache, reuse_swap_page
 from mm.swapin import do_swap_in
 from mm.swapops import (
@@ -65,11 +67,19 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.trace import TracePoint
-from mm.types import VM_FAULT_ERROR, VM_WRITE, MemMap, MmStruct, Vma, VmFault, maybe_mkwrite
-from mm.typing import NO_PAGES, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, pages, word
+from mm.types import (
+    VM_FAULT_ERROR,
+    VM_SHARED,
+    VM_WRITE,
+    MemMap,
+    MmStruct,
+    Vma,
+    VmFault,
+    maybe_mkwrite,
+    page_anon,
+)
+from mm.typing import NO_PAGES, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, pages, word
 from mm.vectors import every, has, pieces, places, some, stretches
-
-Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 
 _WRITTEN: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 
@@ -120,7 +130,7 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool
 
     none = pte_none(ptes)
     if every(none):
-        return do_anonymous_page(vma, addrs, at, write=write)
+        return do_pte_missing(vma, addrs, at, write=write)
     present = pte_present(ptes)
     if not some(none | present):
         return do_swap_page(vma, addrs, at, ptes, write=write)
@@ -128,7 +138,7 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool
     away = ~none & ~present
     kept = present & ~pte_write(ptes) if write or unshare else np.zeros_like(none)
     if some(none):
-        faults[none] = do_anonymous_page(vma, addrs[none], at[none], write=write)
+        faults[none] = do_pte_missing(vma, addrs[none], at[none], write=write)
     if some(away):
         faults[away] = do_swap_page(vma, addrs[away], at[away], ptes[away], write=write)
     if some(kept):
@@ -137,6 +147,12 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool
     if some(held):
         ptep_set_access_flags(mm, at[held], ptes[held], write=write)
     return faults
+
+
+def do_pte_missing(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -> Faults:
+    """Faults where nothing is mapped. Linux: do_pte_missing(), mm/memory.c, v6.4."""
+    missing = do_anonymous_page if vma.vm_ops is None else do_fault
+    return missing(vma, addrs, at, write=write)
 
 
 def ptep_set_access_flags(mm: MmStruct, at: Indices, ptes: Ptes, *, write: bool) -> None:
@@ -248,20 +264,15 @@ def anon_entries(vma: Vma, pfns: Pfns) -> Ptes:
     return mk_pte(pfns, prot)
 
 
-def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
-    """Put fresh *pfns* on the active list. Linux: lru_cache_add_active_or_unevictable()."""
-    with mem.locks.atomic:
-        mem.flags[pfns] |= PG_active
-    lru_cache_add(mem, pfns, cpu)
-
-
 def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False) -> Faults:
-    """A store to read-only entries of a private mapping: use the page, or copy it.
+    """A store to read-only entries: use the page, or of a private mapping copy it.
 
     A page that is the process's own is made writable as it is. The zero page, and one that
     others may reach too, is copied. With *unshare* the entry stays read-only, and only whose page
     it maps changes. Linux: do_wp_page(), mm/memory.c.
     """
+    if vma.vm_flags & VM_SHARED:
+        return wp_page_shared(vma, addrs, at)
     mem = vma.vm_mm.mem
     with vma.vm_mm.page_table_lock:
         ptes = mem.tables.entries[at]
@@ -282,9 +293,11 @@ def _can_reuse(vma: Vma, pfns: Pfns) -> Mask:
     mem = vma.vm_mm.mem
     own = has(mem.flags[pfns], PG_anon_exclusive)
     if not every(own):
-        shared = places(~own)
+        shared = places(~own if vma.vm_file is None else ~own & page_anon(mem, pfns))
         own[shared] = reuse_swap_page(mem, pfns[shared])
-        page_move_anon_rmap(vma, pfns[shared[own[shared]]])
+        reused = pfns[shared[own[shared]]]
+        if reused.size:
+            page_move_anon_rmap(vma, reused)
     return own
 
 
@@ -315,7 +328,8 @@ def wp_page_copy(
             used = new[near][same]
             _map_new_pages(vma, addrs[near][same], at[near][same], used, entries[near][same])
             replaced = old[near][same & ~zero[near]]
-            mm.anon_rss += int(np.count_nonzero(same & zero[near]))
+            mm.anon_rss += used.size
+            add_mm_counter(vma, replaced, -1)
             page_remove_rmap(vma, replaced)
         free_pages_and_swap_cache(mem, replaced, cpu)
         put_page(mem, new[near][~same], cpu)

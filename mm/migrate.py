@@ -24,6 +24,7 @@ from mm.highmem import copy_highpages
 from mm.locking import cond_resched, preempt
 from mm.memcontrol import mem_cgroup_migrate
 from mm.page_alloc import alloc_pages_bulk
+from mm.page_cache import by_mapping, page_in_cache, replace_in_page_cache
 from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
@@ -73,15 +74,18 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     """Let new[i] belong where old[i] does; 0, or -EAGAIN where somebody else holds old[i].
 
     All pages are locked and unmapped. The references that may be there: one of the caller's, the
-    one that every ZONE_DEVICE page has, and that of the swap cache, where new[i] takes the place
-    of old[i] too. Device memory is not in the swap cache: there a page moves once no swap entry
-    needs its slot. Unlike Linux v4.20, which never moves it there (v5.18 does so).
+    one that every ZONE_DEVICE page has, and that of the page cache or the swap cache, where new[i]
+    takes the place of old[i] too. Device memory is not in the swap cache: there a page moves once
+    no swap entry needs its slot. Unlike Linux v4.20, which never moves it there (v5.18 does so).
     Linux: migrate_page_move_mapping(), mm/migrate.c.
     """
     preempt("migrate_page_move_mapping")
     with mem.locks.atomic:
         cached = has(mem.flags[rows(old)], PG_swapcache)
         besides = mem.is_zone_device_page(old).view(np.int8) + cached.view(np.int8)
+        filed = page_in_cache(mem, old) if mem.mappings else None
+        if filed is not None:
+            besides += filed
         alone = mem.refcount[rows(old)] - besides == _ONE
         if some(cached):
             alone[alone] = _leave_swap_cache(mem, new[alone], old[alone])
@@ -92,6 +96,9 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
         moved_old, moved_new = rows(old), rows(new)
         mem.index[moved_new] = mem.index[moved_old]
         mem.mapping[moved_new] = mem.mapping[moved_old]
+        if filed is not None:
+            filed = filed[alone]
+            replace_in_page_cache(mem, new[filed], old[filed])
     return status
 
 
@@ -127,6 +134,22 @@ def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     return status
 
 
+def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
+    """As migrate_page(), in the way of the file that old[i] is of, where it has one of its own.
+
+    Linux: move_to_new_page(), mm/migrate.c.
+    """
+    status = np.full(old.size, 1, dtype=np.int32)
+    if mem.mappings:
+        for mapping, mine in by_mapping(mem, old):
+            if mapping.a_ops.migratepage is not None:
+                here = np.isin(old, mine)
+                status[here] = mapping.a_ops.migratepage(mapping, new[here], old[here])
+    plain = status > 0
+    status[plain] = migrate_page(mem, new[plain], old[plain])
+    return status
+
+
 def migration_entry_wait(mem: MemMap, pfns: Pfns) -> None:
     """Sleep until each of *pfns*, found in migration entries, is where it will be.
 
@@ -145,8 +168,20 @@ def migrate_page_add(mem: MemMap, pfns: Pfns) -> Mask:
     Linux: migrate_page_add(), mm/mempolicy.c.
     """
     isolated = isolate_lru_page(mem, pfns)
-    mem.vmstat.add("nr_isolated_anon", int(np.count_nonzero(isolated)))
+    _count_isolated(mem, pfns[isolated], 1)
     return isolated
+
+
+def _count_isolated(mem: MemMap, pfns: Pfns, sign: int) -> None:
+    """Linux: mod_node_page_state() of NR_ISOLATED_ANON and NR_ISOLATED_FILE."""
+    filed = int(np.count_nonzero(_of_files(mem, pfns))) if mem.mappings else 0
+    mem.vmstat.add("nr_isolated_file", sign * filed)
+    mem.vmstat.add("nr_isolated_anon", sign * (pfns.size - filed))
+
+
+def _of_files(mem: MemMap, pfns: Pfns) -> Mask:
+    """True for pages of files on disk."""
+    return page_in_cache(mem, pfns) & ~has(mem.flags[pfns], PG_swapbacked)
 
 
 def alloc_migration_target(mem: MemMap, nid: int) -> NewPages:
@@ -161,9 +196,9 @@ def alloc_migration_target(mem: MemMap, nid: int) -> NewPages:
 
 def putback_movable_pages(mem: MemMap, pfns: Pfns) -> None:
     """Undo migrate_page_add(). Linux: putback_movable_pages(), mm/migrate.c."""
+    _count_isolated(mem, pfns, -1)
     putback_lru_page(mem, pfns, current_task().cpu)
     lru_add_drain(mem, current_task().cpu)
-    mem.vmstat.add("nr_isolated_anon", -pfns.size)
 
 
 def migrate_pages(
@@ -176,6 +211,7 @@ def migrate_pages(
     what stays is on its list again. Linux: migrate_pages(), mm/migrate.c.
     """
     status = np.full(pfns.size, -errno.ENOMEM, dtype=np.int32)
+    filed = _of_files(mem, pfns) if mem.mappings else np.zeros(pfns.size, dtype=np.bool_)
     try:
         for first in range(0, pfns.size, NR_MAX_BATCHED_MIGRATION):
             batch = slice(first, first + NR_MAX_BATCHED_MIGRATION)
@@ -187,7 +223,9 @@ def migrate_pages(
         moved = int(np.count_nonzero(status == 0))
         stuck = int(np.count_nonzero(status == -errno.EAGAIN))
         short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
-        mem.vmstat.add("nr_isolated_anon", -moved)
+        moved_files = int(np.count_nonzero(filed & (status == 0)))
+        mem.vmstat.add("nr_isolated_file", -moved_files)
+        mem.vmstat.add("nr_isolated_anon", moved_files - moved)
         mem.vmstat.add("pgmigrate_success", moved)
         mem.vmstat.add("pgmigrate_fail", stuck + short)
     return status
@@ -242,7 +280,7 @@ def unmap_and_move(
     old = pfns[at]
     lock_new_page(mem, new)
     try_to_unmap(mem, old)
-    status[at] = migrate_page(mem, new, old)
+    status[at] = move_to_new_page(mem, new, old)
     moved = status[at] == 0
     if mem.payload is not None:
         copy_highpages(mem.payload, new[moved], mem.payload, old[moved])

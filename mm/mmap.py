@@ -6,8 +6,16 @@ from bisect import bisect_right
 from functools import partial
 from typing import Final
 
-from mm.anon_vma import unlink_anon_vmas
-from mm.errors import InvalidArgument, InvalidRange, OutOfMemory
+from mm.errors import (
+    AccessDenied,
+    BadFile,
+    InvalidArgument,
+    InvalidRange,
+    NoDevice,
+    OutOfMemory,
+    Overflow,
+)
+from mm.fs import FMODE_READ, FMODE_WRITE, MAX_LFS_FILESIZE, File
 from mm.mmu_notifier import (
     ULONG_MAX,
     MmuNotifyEvent,
@@ -17,17 +25,22 @@ from mm.mmu_notifier import (
 )
 from mm.overcommit import accountable_mapping, check_map_count, vm_enough_memory
 from mm.pagewalk import free_pgtables
+from mm.shmem import shmem_zero_setup
 from mm.trace import TracePoint
 from mm.types import (
     VM_ACCOUNT,
     VM_LOCKED,
+    VM_MAYWRITE,
+    VM_SHARED,
     VM_SOFTDIRTY,
+    VM_WRITE,
     MmStruct,
     Vma,
     vma_pages,
+    vma_set_page_prot,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
-from mm.vma import VmaMerge, insert_vma, split_vma, vma_merge
+from mm.vma import VmaMerge, insert_vma, remove_vma, split_vma, vma_merge
 from mm.zap import zap_pte_range
 
 TASK_SIZE_MAX: Final = (1 << 56) - PAGE_SIZE  # what five levels reach when asked by address
@@ -53,17 +66,27 @@ def _vm_end(vma: Vma) -> int:
     return vma.vm_end
 
 
-def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
-    """Map *length* bytes of anonymous private memory; the address.
+def do_mmap(
+    mm: MmStruct,
+    addr: int | None,
+    length: int,
+    vm_flags: int,
+    file: File | None = None,
+    offset: int = 0,
+) -> int:
+    """Map *length* bytes of *file* from *offset* on, or of memory without a name; the address.
 
     With *addr* the area goes there and replaces what was there (MAP_FIXED); without, it goes
-    to the highest gap below MMAP_BASE. The caller holds mmap_sem for write, and populates the
-    area where that is wanted. Raises InvalidArgument, InvalidRange, OutOfMemory.
-    Linux: do_mmap() and mmap_region(), mm/mmap.c.
+    to the highest gap below MMAP_BASE. Stores to a VM_SHARED mapping are seen by all who share
+    it, those to another by the process alone. The caller holds mmap_sem for write, and populates
+    the area where that is wanted. Raises InvalidArgument, InvalidRange, OutOfMemory; AccessDenied
+    where *file* is not open for that. Linux: do_mmap() and mmap_region(), mm/mmap.c.
     """
     if length <= 0:
         raise InvalidArgument(f"mmap: length must be positive, got {length}")
     length = page_align(length)
+    if file is not None:
+        vm_flags = _check_file(file, offset, length, vm_flags)
     check_map_count(mm, "mmap", -1)
     fixed = addr is not None
     if addr is None:
@@ -76,15 +99,57 @@ def do_mmap(mm: MmStruct, addr: int | None, length: int, vm_flags: int) -> int:
     if fixed:
         do_munmap(mm, addr, length)
     end, pgoff = addr + length, addr >> PAGE_SHIFT
-    vma = vma_merge(VmaMerge(mm, addr, end, pgoff, vm_flags))
+    if file is not None:
+        pgoff = offset >> PAGE_SHIFT
+    vma = None
+    if file is not None or not vm_flags & VM_SHARED:
+        vma = vma_merge(VmaMerge(mm, addr, end, pgoff, vm_flags, file))
     if vma is None:
         vma = Vma(mm, addr, end, vm_flags, pgoff)
-        insert_vma(vma)
+        _map_file(vma, file)
     vma.vm_flags |= VM_SOFTDIRTY
+    vma_set_page_prot(vma)
     vm_stat_account(mm, vm_flags, length >> PAGE_SHIFT)
     if mm_mmap:
         mm_mmap(process=mm.name, start=addr, end=end)
     return addr
+
+
+def _check_file(file: File, offset: int, length: int, vm_flags: int) -> int:
+    """Raise where *file* cannot be mapped so; *vm_flags* with what it forbids taken out."""
+    if offset % PAGE_SIZE or offset < 0:
+        raise InvalidArgument(f"mmap: offset {offset:#x} is not a multiple of {PAGE_SIZE:#x}")
+    if offset + length > MAX_LFS_FILESIZE + 1:
+        raise Overflow(f"mmap: no file has bytes up to {offset + length:#x}")
+    if file.closed:
+        raise BadFile(f"mmap: {file!r} is closed")
+    if file.f_op.mmap is None:
+        raise NoDevice(f"mmap: {file!r} is of a kind that cannot be mapped")
+    if not file.f_mode & FMODE_READ:
+        raise AccessDenied(f"mmap: {file!r} is not open for reading")
+    if vm_flags & VM_SHARED and not file.f_mode & FMODE_WRITE:
+        if vm_flags & VM_WRITE:
+            raise AccessDenied(f"mmap: {file!r} is not open for writing")
+        vm_flags &= ~(VM_MAYWRITE | VM_SHARED)
+    return vm_flags
+
+
+def _map_file(vma: Vma, file: File | None) -> None:
+    """Enter *vma*, with *file* behind it, or one of its own if it is shared without a name.
+
+    Linux: call_mmap() and shmem_zero_setup() in mmap_region(), mm/mmap.c.
+    """
+    zeros = None
+    if file is None and vma.vm_flags & VM_SHARED:
+        vma.vm_pgoff = 0
+        file = zeros = shmem_zero_setup(vma)
+    if file is not None:
+        assert file.f_op.mmap is not None
+        vma.vm_file = file
+        file.f_op.mmap(file, vma)
+    insert_vma(vma)
+    if zeros is not None:
+        zeros.close()  # the VMA has it
 
 
 def vm_stat_account(mm: MmStruct, vm_flags: int, npages: int) -> None:
@@ -172,8 +237,7 @@ def _remove_vma(mm: MmStruct, vma: Vma) -> None:
 def _unmap_vma(mm: MmStruct, vma: Vma) -> None:
     """Linux: unmap_vmas(), mm/memory.c, and remove_vma(), mm/mmap.c."""
     zap_pte_range(vma, vma.vm_start, vma.vm_end)
-    unlink_anon_vmas(vma)
-    mm.vmas.remove(vma)
+    remove_vma(vma)
     vm_stat_account(mm, vma.vm_flags, -vma_pages(vma))
     with mm.page_table_lock:
         free_pgtables(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end)

@@ -46,15 +46,15 @@ from mm.types import (
     VM_DONTEXPAND,
     VM_LOCKED,
     VM_LOCKED_MASK,
+    VM_MAYSHARE,
     VM_PFNMAP,
-    VM_SHARED,
     MmStruct,
     Vma,
     vma_is_anonymous,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Ptes
 from mm.vectors import places
-from mm.vma import VmaMerge, insert_vma, vma_merge, vma_modify_flags, vmg_of
+from mm.vma import VmaMerge, insert_vma, vma_inherit, vma_merge, vma_modify_flags, vmg_of
 
 
 class Mremap(IntFlag):
@@ -146,7 +146,7 @@ def _check_target(addr: int, old_len: int, new_len: int, new_addr: int) -> None:
 def _vma_to_resize(mm: MmStruct, addr: int, old_len: int, new_len: int, flags: Mremap) -> Vma:
     """The VMA of the range, if it can be moved or grow. Linux: vma_to_resize(), mm/mremap.c."""
     vma = _vma_lookup(mm, addr)
-    if not old_len and not vma.vm_flags & VM_SHARED:
+    if not old_len and not vma.vm_flags & VM_MAYSHARE:
         raise InvalidArgument("mremap: the old length must be positive, got 0")
     if flags & Mremap.DONTUNMAP and vma.vm_flags & (VM_DONTEXPAND | VM_PFNMAP):
         raise InvalidArgument(f"mremap: {vma!r} cannot be mapped twice")
@@ -188,14 +188,15 @@ def move_vma(
     new_vma, vma = copy_vma(vma, old_addr, new_addr, new_len)
     vm_stat_account(mm, vm_flags, new_len >> PAGE_SHIFT)
     try:
-        move_page_tables(vma, old_addr, new_vma, new_addr, old_len)
+        if old_len:
+            move_page_tables(vma, old_addr, new_vma, new_addr, old_len)
     except OutOfMemory:
         move_page_tables(new_vma, new_addr, vma, old_addr, old_len)
         do_munmap(mm, new_addr, new_len)
         raise
     if flags & Mremap.DONTUNMAP:
         _keep_mapped(vma, old_addr, old_addr + old_len, new_vma)
-    else:
+    elif old_len:  # else a second mapping of shared memory was wanted
         do_munmap(mm, old_addr, old_len)
     return new_addr
 
@@ -219,8 +220,7 @@ def copy_vma(vma: Vma, old_addr: int, addr: int, length: int) -> tuple[Vma, Vma]
 def _dup_vma(vma: Vma, vmg: VmaMerge) -> Vma:
     """Linux: vm_area_dup(), kernel/fork.c."""
     new_vma = Vma(vmg.mm, vmg.start, vmg.end, vmg.vm_flags, vmg.pgoff)
-    new_vma.vm_file = vmg.vm_file
-    new_vma.vm_policy = vmg.vm_policy
+    vma_inherit(new_vma, vma)
     anon_vma_clone(new_vma, vma)
     insert_vma(new_vma)
     return new_vma
@@ -249,7 +249,8 @@ def move_page_tables(vma: Vma, old_addr: int, new_vma: Vma, new_addr: int, lengt
     mm, end = vma.vm_mm, old_addr + length
     # The rmap would miss an entry that goes from where it looks next to where it has looked.
     locked = vma.anon_vma.rwsem.write() if vma.anon_vma else nullcontext()
-    with mmu_notifier_range(mm, old_addr, end, MmuNotifyEvent.UNMAP), locked:
+    filed = vma.vm_file.f_mapping.i_mmap_rwsem.write() if vma.vm_file else nullcontext()
+    with mmu_notifier_range(mm, old_addr, end, MmuNotifyEvent.UNMAP), filed, locked:
         if not (old_addr ^ new_addr) % PMD_SIZE:
             first = (old_addr + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
             with mm.page_table_lock:

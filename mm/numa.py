@@ -25,6 +25,7 @@ from mm.migrate import (
     migrate_pages,
     putback_movable_pages,
 )
+from mm.page_cache import page_in_cache
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_special
 from mm.swap import lru_add_drain_all
 from mm.types import MemMap, MmStruct, Vma
@@ -156,7 +157,8 @@ def _together(mem: MemMap, pfns: Pfns, nodes: Indices, queued: Mask) -> tuple[in
     that ends it; True if that is a page of the run once more.
     """
     waiting, known = pfns[queued], pfns[pfns != 0]
-    held = (mem.refcount[waiting] != mem.mapcount[waiting]) | page_locked(mem, waiting)
+    references = mem.mapcount[waiting] + page_in_cache(mem, waiting)
+    held = (mem.refcount[waiting] != references) | page_locked(mem, waiting)
     if not waiting.size or not (some(held) or unique(known).size < known.size):
         return pfns.size, False
 

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from mm.array import ProcessArray
 from mm.errors import InputOutputError, InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
 from mm.fork import dup_mmap
+from mm.fs import File
 from mm.gup import (
     FOLL_FORCE,
     FOLL_LONGTERM,
@@ -44,9 +45,11 @@ from mm.types import (
     VM_LOCKONFAULT,
     VM_MAYEXEC,
     VM_MAYREAD,
+    VM_MAYSHARE,
     VM_MAYWRITE,
     VM_NORESERVE,
     VM_READ,
+    VM_SHARED,
     VM_WRITE,
     MemMap,
     MmStruct,
@@ -59,7 +62,9 @@ from mm.vectors import integers
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
 _MAP: Final = {
     "anon": 0,
+    "file": 0,
     "private": 0,
+    "shared": VM_SHARED | VM_MAYSHARE,
     "populate": 0,
     "locked": VM_LOCKED,
     "noreserve": VM_NORESERVE,
@@ -100,31 +105,39 @@ class Process(Task):
         self,
         length: Size,
         prot: str = "rw",
-        flags: str = "anon|private",
-        file: None = None,
+        flags: str | None = None,
+        file: File | None = None,
         addr: int | None = None,
+        offset: int = 0,
     ) -> int:
-        """Map *length* bytes of zeros; the address.
+        """Map *length* bytes of zeros, or of *file* from *offset* on; the address.
 
         *prot*: letters of r, w, x, or "-" for none. *addr*: exactly there, in place of what was
-        mapped before (MAP_FIXED). *flags*: "anon|private", as only such memory can be mapped so
-        far, and with it "populate" to fault all of it in, "locked" to keep it in memory as
-        mlock() does, "noreserve" to account for none of it. That memory is too short for all of
-        it is no error. Raises InvalidArgument, InvalidRange, OutOfMemory. Linux: mmap(2).
+        mapped before (MAP_FIXED). *flags*, with bars between them: "anon" for zeros, or "file";
+        "private", where nobody else sees what is stored, or "shared", where all do who map the
+        file, or fork; "populate" to fault all of it in, "locked" to keep it in memory as mlock()
+        does, "noreserve" to account for none of it. Without, it is "anon|private", or
+        "file|shared". That memory is too short for all of it is no error.
+        Raises InvalidArgument, InvalidRange, OutOfMemory, AccessDenied. Linux: mmap(2).
         """
+        if flags is None:
+            flags = "anon|private" if file is None else "file|shared"
         words = set(flags.split("|"))
-        if not {"anon", "private"} <= words <= set(_MAP) or file is not None:
+        kinds = words & {"anon", "file"}, words & {"private", "shared"}
+        if words - set(_MAP) or [len(kind) for kind in kinds] != [1, 1]:
             raise InvalidArgument(
-                f"mmap: flags {flags!r} with file {file!r} cannot be mapped; use "
-                f'"anon|private", with any of populate, locked, noreserve'
+                f"mmap: flags {flags!r} are not one of anon, file, and one of private, shared, "
+                f"with any of populate, locked, noreserve"
             )
+        if (file is None) != ("anon" in words):
+            raise InvalidArgument(f"mmap: flags {flags!r} do not go with file={file!r}")
         vm_flags = _prot("mmap", prot) | VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
         for flag in words:
             vm_flags |= _MAP[flag]
         mm, size = self._alive(), memparse(length)
         with running(self):
             with mm.mmap_sem.write():
-                start = do_mmap(mm, addr, size, vm_flags)
+                start = do_mmap(mm, addr, size, vm_flags, file, offset)
             if words & {"populate", "locked"}:
                 mm_populate(mm, start, size)
         return start

@@ -1,8 +1,8 @@
 """Reverse mapping: from pages to the page-table entries that hold them. Linux: mm/rmap.c.
 
-A page knows its anon_vma and its page offset; the anon_vma lists the VMAs in which such pages may
-be mapped; each VMA turns the offset into an address. All of it is done for a vector of pages
-with one loop over VMAs.
+A page knows its anon_vma, or the page cache of its file, and its page offset there; either lists
+the VMAs in which such pages may be mapped; each VMA turns the offset into an address. All of it is
+done for a vector of pages with one loop over VMAs.
 
 The two ends of a migration stand here as well, unlike in Linux (`mm/migrate.c`): they walk the
 rmap, and reclaim and compaction need them from below: try_to_unmap() puts migration entries in
@@ -19,11 +19,13 @@ import numpy as np
 
 from mm.errors import KernelBug
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.page_cache import set_page_dirty
 from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_swapbacked, PG_swapcache
 from mm.page_vma_mapped import page_vma_mapped_walk
 from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DEVMAP,
+    _PAGE_DIRTY,
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
     mk_pte,
@@ -50,10 +52,12 @@ from mm.swapops import (
 from mm.types import (
     PAGE_MAPPING_ANON,
     VM_LOCKED,
+    VM_SHARED,
     VM_WRITE,
     MemMap,
     Vma,
     linear_page_index,
+    page_anon,
     vma_pages,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, number, word
@@ -65,6 +69,7 @@ _ZERO: Final = np.array(0, dtype=np.int32)
 _NEW_ANON: Final = word(PG_swapbacked | PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
+_CLEAN_READONLY: Final = word(~(_PAGE_DIRTY | _PAGE_RW))
 _SHIFT: Final = number(PAGE_SHIFT)
 
 
@@ -110,6 +115,48 @@ def _count_anon_mappings(mem: MemMap, pfns: Pfns) -> None:
     mem.vmstat.add("nr_anon_pages", pfns.size - before)
 
 
+def page_add_file_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One more mapping, by *vma*, of each of *pfns*, which are in the page cache and may repeat.
+
+    Linux: page_add_file_rmap(), mm/rmap.c.
+    """
+    mem = vma.vm_mm.mem
+    with mem.locks.atomic:
+        before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
+        add_at(mem.mapcount, pfns, 1)
+    mem.vmstat.add("nr_mapped", pfns.size - before)
+    mlock_vma_page(vma, pfns)
+
+
+def page_dup_rmap(vma: Vma, pfns: Pfns) -> None:
+    """One more mapping, by *vma*, of each of *pfns*, whatever they are.
+
+    Linux: page_dup_rmap(), include/linux/rmap.h.
+    """
+    if vma.vm_file is None:
+        page_add_anon_rmap(vma, pfns)
+        return
+    anon = page_anon(vma.vm_mm.mem, pfns)
+    page_add_anon_rmap(vma, pfns[anon])
+    page_add_file_rmap(vma, pfns[~anon])
+
+
+def add_mm_counter(vma: Vma, pfns: Pfns, sign: int) -> None:
+    """Count *pfns*, that *vma* has from now on, or with *sign* -1 has no more, in its mm.
+
+    Linux: add_mm_counter() of mm_counter(), include/linux/mm.h.
+    """
+    mm, mem = vma.vm_mm, vma.vm_mm.mem
+    filed = 0
+    if vma.vm_file is not None:
+        files = pfns[~page_anon(mem, pfns)]
+        filed = files.size
+        shmem = int(np.count_nonzero(mem.flags[files] & PG_swapbacked))
+        mm.shmem_rss += sign * shmem
+        mm.file_rss += sign * (filed - shmem)
+    mm.anon_rss += sign * (pfns.size - filed)
+
+
 def do_page_add_anon_rmap(vma: Vma, pfns: Pfns, addrs: Addresses, exclusive: Mask) -> None:
     """One more mapping of each of *pfns* (distinct), which come from swap, at *addrs* of *vma*.
 
@@ -142,7 +189,12 @@ def page_remove_rmap(vma: Vma, pfns: Pfns) -> None:
         mem.mapcount[which] = left
     if some(left < _ZERO):
         raise KernelBug(f"page {pfns[left < 0][0]:#x} is unmapped more often than it was mapped")
-    mem.vmstat.add("nr_anon_pages", int(np.count_nonzero(left)) - pfns.size)
+    unmapped = pfns.size - int(np.count_nonzero(left))
+    if vma.vm_file is not None and unmapped:
+        filed = int(np.count_nonzero(~page_anon(mem, pfns[left == 0])))
+        mem.vmstat.add("nr_mapped", -filed)
+        unmapped -= filed
+    mem.vmstat.add("nr_anon_pages", -unmapped)
     munlock_vma_page(vma, pfns)
 
 
@@ -161,17 +213,24 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     """Every VMA that may map any of *pfns*, with the addresses; one step per VMA.
 
     A Mapping says where the page would be, not that it is there: ask page_vma_mapped_walk().
-    Linux: rmap_walk_anon(), mm/rmap.c.
+    Linux: rmap_walk_anon() and rmap_walk_file(), mm/rmap.c.
     """
     which = rows(pfns)
     mapping, index = mem.mapping[which], mem.index[which]
     owners = distinct(mapping)
     for owner in owners:
-        anon_vma = mem.anon_vmas.get(owner >> 2)
-        if anon_vma is None or not owner & PAGE_MAPPING_ANON:
-            continue  # not mapped anywhere: file pages and pages of nobody
-        with anon_vma.rwsem.read():
-            for vma in tuple(anon_vma.vmas):
+        if owner & PAGE_MAPPING_ANON:
+            anon_vma = mem.anon_vmas.get(owner >> 2)
+            if anon_vma is None:
+                continue
+            rwsem, vmas = anon_vma.rwsem, anon_vma.vmas
+        else:
+            cache = mem.mappings.get(owner >> 2)
+            if cache is None:
+                continue  # a page of nobody
+            rwsem, vmas = cache.i_mmap_rwsem, cache.i_mmap
+        with rwsem.read():
+            for vma in tuple(vmas):
                 offset = index - vma.vm_pgoff
                 inside = offset.view(np.uint64) < word(vma_pages(vma))  # negative is huge
                 if len(owners) > 1:
@@ -194,8 +253,7 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
     if every(present):
         dirty = pte_dirty(ptes)
         if some(dirty):
-            with mem.locks.atomic:
-                mem.flags[pfns[dirty]] |= PG_dirty
+            set_page_dirty(mem, pfns[dirty])
         writable, soft_dirty = pte_write(ptes), pte_soft_dirty(ptes)
     elif not some(present):
         writable, soft_dirty = is_write_device_private_entry(ptes), pte_swp_soft_dirty(ptes)
@@ -222,8 +280,21 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
         entries[at] = unmap_to_migration_entries(vma, entries[at], found)
         return found
 
-    for vma, which, addrs in rmap_walk(mem, pfns):
+    for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
         _unmap_from(vma, pfns[which], addrs, migrate)
+
+
+def _rmap_walk_mapped(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
+    """As rmap_walk(), without the pages that the caller has unmapped from all VMAs by then.
+
+    Whoever listens to the others hears nothing. Linux: page_not_mapped() as rwc.done, mm/rmap.c.
+    """
+    for mapping in rmap_walk(mem, pfns):
+        mapped = page_mapped(mem, pfns[mapping.pages])
+        if every(mapped):
+            yield mapping
+        elif some(mapped):
+            yield Mapping(mapping.vma, mapping.pages[mapped], mapping.addrs[mapped])
 
 
 def _unmap_from(
@@ -254,12 +325,26 @@ def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns, *, ignore_mlock: bool = False)
 
     A page that MADV_FREE gave up has no slot: its mapping goes, if it is still clean, or stays and
     the page is an anonymous one as others again. Where a mapping stays, as those of VM_LOCKED
-    memory do unless *ignore_mlock*, the caller sees it in mapcount.
+    memory do unless *ignore_mlock*, the caller sees it in mapcount. A page of a file leaves nothing
+    behind: whoever wants it finds it by its offset.
     Linux: try_to_unmap(), TTU_BATCH_FLUSH and TTU_IGNORE_MLOCK, mm/rmap.c.
     """
-    for vma, which, addrs in rmap_walk(mem, pfns):
+    for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
         if ignore_mlock or not vma.vm_flags & VM_LOCKED:
-            _unmap_from(vma, pfns[which], addrs, unmap_to_swap_entries)
+            anon = vma.vm_file is None or page_anon(mem, pfns[which[:1]]).item()
+            _unmap_from(
+                vma, pfns[which], addrs, unmap_to_swap_entries if anon else _unmap_file_pages
+            )
+
+
+def _unmap_file_pages(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
+    """Empty the entries at places *at*, which map *pfns* of the page cache."""
+    mem = vma.vm_mm.mem
+    set_page_dirty(mem, pfns[pte_dirty(mem.tables.entries[at])])
+    mem.tables.entries[at] = 0
+    page_remove_rmap(vma, pfns)
+    add_mm_counter(vma, pfns, -1)
+    return pfns
 
 
 def unmap_to_swap_entries(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
@@ -306,7 +391,7 @@ def try_to_unmap_poisoned(mem: MemMap, pfns: Pfns) -> None:
         vma.vm_mm.anon_rss -= found.size
         return found
 
-    for vma, which, addrs in rmap_walk(mem, pfns):
+    for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
         _unmap_from(vma, pfns[which], addrs, poison)
 
 
@@ -324,6 +409,27 @@ def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
             entries[at[mapped]] &= _NOT_ACCESSED
         referenced[which[used]] = True
     return referenced
+
+
+def page_mkclean(mem: MemMap, pfns: Pfns) -> Mask:
+    """Let every store to *pfns* (locked, of files) through a shared mapping fault first.
+
+    True where one may have come through a mapping since the last time.
+    Linux: page_mkclean(), mm/rmap.c.
+    """
+    cleaned = np.zeros(pfns.size, dtype=np.bool_)
+
+    def clean(vma: Vma, at: Indices, found: Pfns) -> Pfns:
+        entries = mem.tables.entries
+        open_to_stores = pte_dirty(entries[at]) | pte_write(entries[at])
+        entries[at] &= _CLEAN_READONLY
+        cleaned[np.isin(pfns, found[open_to_stores])] = True
+        return found[:0]
+
+    for vma, which, addrs in rmap_walk(mem, pfns):
+        if vma.vm_flags & VM_SHARED:
+            _unmap_from(vma, pfns[which], addrs, clean)
+    return cleaned
 
 
 def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
@@ -348,7 +454,10 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
                     with mem.locks.atomic:
                         mem.flags[replaced[~exclusive]] &= _NOT_EXCLUSIVE
                 mem.tables.entries[at] = _mapping_entries(vma, entries, replaced)
-                page_add_anon_rmap(vma, replaced)
+                if vma.vm_file is None:
+                    page_add_anon_rmap(vma, replaced)
+                else:
+                    page_dup_rmap(vma, replaced)
 
 
 def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
@@ -381,7 +490,7 @@ def poison_migration_ptes(mem: MemMap, pfns: Pfns) -> None:
         with mm.page_table_lock:
             at, waiting = page_vma_mapped_walk(vma, pfns[pages], addrs, migration=True)
             mem.tables.entries[at[waiting]] = make_hwpoison_entry(pfns[pages[waiting]])
-            mm.anon_rss -= int(np.count_nonzero(waiting))
+            add_mm_counter(vma, pfns[pages[waiting]], -1)
 
 
 def page_mapped(mem: MemMap, pfns: Pfns) -> Mask:

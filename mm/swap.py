@@ -40,6 +40,8 @@ _OFF_LISTS: Final = word(~(PG_lru | PG_active | PG_unevictable))
 _NOT_LRU: Final = word(~PG_lru)
 _NOT_ACTIVE: Final = word(~PG_active)
 _EVICTABLE: Final = word(~PG_unevictable)
+_UNREFERENCED: Final = word(~PG_referenced)
+_ACTIVE_OR_UNEVICTABLE: Final = word(PG_active | PG_unevictable)
 _MLOCKED_OR_UNEVICTABLE: Final = word(PG_mlocked | PG_unevictable)
 _INACTIVE: Final = word(~(PG_active | PG_referenced))
 _LAZYFREE: Final = word(~(PG_active | PG_referenced | PG_swapbacked))
@@ -143,6 +145,28 @@ def lru_cache_add(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Put *pfns* in the CPU's pagevec, on their way to a list. Linux: lru_cache_add()."""
     get_page(mem, pfns)
     _pagevec_add(mem, pfns, cpu)
+
+
+def lru_cache_add_active(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
+    """Put fresh *pfns* on the active list. Linux: lru_cache_add_active_or_unevictable()."""
+    with mem.locks.atomic:
+        mem.flags[pfns] |= PG_active
+    lru_cache_add(mem, pfns, cpu)
+
+
+def mark_page_accessed(mem: MemMap, pfns: Pfns) -> None:
+    """Note a use of *pfns* (distinct) that no page-table entry tells of; the second activates.
+
+    Linux: mark_page_accessed(), mm/swap.c.
+    """
+    with mem.locks.atomic:
+        flags = mem.flags[pfns]
+        again = has(flags, PG_referenced) & ~has(flags, _ACTIVE_OR_UNEVICTABLE)
+        moves = pfns[again & has(flags, PG_lru)]
+        relist_pages(mem, moves, mem.flags[moves] | PG_active)
+        mem.flags[pfns[again]] = (flags[again] | PG_active) & _UNREFERENCED
+        mem.flags[pfns[~again]] |= PG_referenced
+    mem.vmstat.add("pgactivate", moves.size)
 
 
 def _pagevec_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:

@@ -68,6 +68,7 @@ def add_to_swap_cache(mem: MemMap, pfns: Pfns, slots: Slots) -> None:
         mem.private[rows(pfns)] = slots
         si.cache[which] = pfns
         si.swap_map[which] |= SWAP_HAS_CACHE
+    mem.vmstat.add("nr_file_pages", pfns.size)
     mem.vmstat.add("nr_swapcached", pfns.size)
 
 
@@ -88,6 +89,7 @@ def delete_from_swap_cache(mem: MemMap, pfns: Pfns, shadows: Slots | None = None
         mem.flags[cached] &= _NOT_CACHED
         mem.private[cached] = 0
         put_swap_page(mem.swap, slots)
+    mem.vmstat.add("nr_file_pages", -pfns.size)
     mem.vmstat.add("nr_swapcached", -pfns.size)
     put_page(mem, pfns)
 

@@ -11,10 +11,10 @@ Linux: do_swap_page(), mm/memory.c; mm/swap_state.c.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mm.anon_vma import anon_vma_prepare
 from mm.errors import KernelBug
@@ -42,12 +42,14 @@ from mm.swap_state import (
 )
 from mm.swapfile import free_pages_and_swap_cache, try_to_free_swap
 from mm.swapops import pte_swp_exclusive, pte_swp_soft_dirty, swp_offset, swp_type
-from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, Vma, VmFault
-from mm.typing import Addresses, Indices, Mask, Pfns, Ptes, Slots, word
+from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, MemMap, MmStruct, Vma, VmFault
+from mm.typing import Addresses, Faults, Indices, Mask, Pfns, Ptes, Slots, word
 from mm.vectors import every, has, places, some
 from mm.workingset import workingset_refault
 
 _STORED: Final = word(_PAGE_RW | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
+
+NewFrames: TypeAlias = Callable[[Indices], Pfns]
 
 
 class SwappedIn(NamedTuple):
@@ -59,13 +61,11 @@ class SwappedIn(NamedTuple):
 
     pfns: Pfns
     read: Mask
-    faults: NDArray[np.uint16]
+    faults: Faults
     busy: Pfns
 
 
-def do_swap_in(
-    vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool
-) -> NDArray[np.uint16]:
+def do_swap_in(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:
     """Serve faults at *addrs*, whose entries *ptes*, at places *at*, are in swap; a VmFault each.
 
     A store ends with a writable entry where the page is the process's own; elsewhere do_wp_page()
@@ -78,7 +78,7 @@ def do_swap_in(
     if some(bad):
         raise KernelBug(f"bad page table entry {ptes[bad][0]:#x} at {addrs[bad][0]:#x} of {vma!r}")
     anon_vma_prepare(vma)
-    page = swapin(vma, addrs, slots)
+    page = swapin(mem, slots, _frames_for(vma, addrs), mm)
 
     got = places(page.pfns)
     pfns = page.pfns[got]
@@ -96,12 +96,18 @@ def do_swap_in(
     return np.where(same, page.faults, 0)
 
 
-def swapin(vma: Vma, addrs: Addresses, slots: Slots) -> SwappedIn:
-    """Find the pages of *slots*, for *addrs* of *vma*, in the swap cache, or read them.
+def _frames_for(vma: Vma, addrs: Addresses) -> NewFrames:
+    return lambda which: alloc_pages_vma(vma, addrs[which], GFP_HIGHUSER_MOVABLE)
 
-    Linux: swapin_readahead(), mm/swap_state.c.
+
+def swapin(
+    mem: MemMap, slots: Slots, new_frames: NewFrames, mm: MmStruct | None = None
+) -> SwappedIn:
+    """Find the pages of *slots* in the swap cache, or read them.
+
+    *new_frames* gives frames for some of them, by their places; for the first of those only, where
+    memory is short. *mm* pays where nobody else does. Linux: swapin_readahead(), mm/swap_state.c.
     """
-    mem = vma.vm_mm.mem
     faults = np.full(slots.size, VmFault.RETRY, dtype=np.uint16)
     first = np.zeros(slots.size, dtype=np.bool_)  # of those that stand for the same slot
     first[np.unique(slots, return_index=True)[1]] = True
@@ -120,9 +126,14 @@ def swapin(vma: Vma, addrs: Addresses, slots: Slots) -> SwappedIn:
 
     read = np.zeros(slots.size, dtype=np.bool_)
     if absent.size:
-        read_in = _read_charged if mem.memcgs else read_swap_cache
-        pfns[absent], faults[absent] = read_in(vma, addrs[absent], slots[absent])
+        if mem.memcgs:
+            pfns[absent], faults[absent] = _read_charged(mem, mm, slots[absent], absent, new_frames)
+        else:
+            frames = new_frames(absent)
+            pfns[absent], faults[absent] = read_swap_cache(mem, slots[absent], frames)
         read[absent] = pfns[absent] > 0
+        if some(pfns):  # once those are mapped, they may go to swap again for the others
+            faults[faults == VmFault.OOM] = VmFault.RETRY
     if mem.num_poisoned_pages:
         got = places(pfns)
         lost = got[has(mem.flags[pfns[got]], PG_hwpoison)]
@@ -137,36 +148,38 @@ def read_swap_cache_async(vma: Vma, addrs: Addresses, slots: Slots) -> None:
 
     What cannot be read now is left for the fault. Linux: read_swap_cache_async(), mm/swap_state.c.
     """
-    page = swapin(vma, addrs, slots)
+    page = swapin(vma.vm_mm.mem, slots, _frames_for(vma, addrs), vma.vm_mm)
     pfns = page.pfns[page.pfns > 0]
     unlock_page(vma.vm_mm.mem, pfns)
     free_pages_and_swap_cache(vma.vm_mm.mem, pfns)
 
 
-def _read_charged(vma: Vma, addrs: Addresses, slots: Slots) -> tuple[Pfns, NDArray[np.uint16]]:
+def _read_charged(
+    mem: MemMap, mm: MmStruct | None, slots: Slots, which: Indices, new_frames: NewFrames
+) -> tuple[Pfns, Faults]:
     """read_swap_cache() for those of *slots* whose control groups have room."""
-    mem = vma.vm_mm.mem
-    owners = mem_cgroup_swapin_charge(vma.vm_mm, slots, GFP_HIGHUSER_MOVABLE)
+    owners = mem_cgroup_swapin_charge(mem, mm, slots, GFP_HIGHUSER_MOVABLE)
     may = owners != NO_ROOM
     pfns = np.zeros_like(slots)
     faults = np.full(slots.size, VmFault.RETRY if some(may) else VmFault.OOM, dtype=np.uint16)
     try:
         if some(may):
-            pfns[may], faults[may] = read_swap_cache(vma, addrs[may], slots[may])
+            frames = new_frames(which[may])
+            pfns[may], faults[may] = read_swap_cache(mem, slots[may], frames)
     finally:
         mem_cgroup_swapin_commit(mem, pfns, owners)
     return pfns, faults
 
 
-def read_swap_cache(vma: Vma, addrs: Addresses, slots: Slots) -> tuple[Pfns, NDArray[np.uint16]]:
+def read_swap_cache(mem: MemMap, slots: Slots, frames: Pfns) -> tuple[Pfns, Faults]:
     """Read *slots* (distinct) into the swap cache: a page each, locked and with a reference, or 0.
 
-    With it goes what the fault comes to: MAJOR, SIGBUS where the slot cannot be read, OOM where no
-    frame is left for any, RETRY where none is for this one, or another thread was first.
+    *frames*: fresh ones for the first of them, or all; what is not used is freed. With it goes
+    what the fault comes to: MAJOR, SIGBUS where the slot cannot be read, OOM where no frame is left
+    for any, RETRY where none is for this one, or another thread was first.
     Linux: __read_swap_cache_async() and swap_readpage().
     """
-    mem, cpu = vma.vm_mm.mem, current_task().cpu
-    si, frames = mem.swap, alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE)
+    si, cpu = mem.swap, current_task().cpu
     faults = np.full(slots.size, VmFault.RETRY if frames.size else VmFault.OOM, dtype=np.uint16)
     with mem.locks.atomic:
         cached, unused = si.cache[slots[: frames.size]], swap_count(si, slots[: frames.size]) == 0

@@ -31,6 +31,7 @@ from mm.pgtable import (
     pte_special,
     pte_write,
 )
+from mm.shmem import shmem_mapping, shmem_swap_usage
 from mm.swap import page_maybe_dma_pinned
 from mm.swapops import (
     MAX_SWAPFILES_SHIFT,
@@ -54,6 +55,7 @@ from mm.types import (
     VM_LOCKONFAULT,
     VM_MAYEXEC,
     VM_MAYREAD,
+    VM_MAYSHARE,
     VM_MAYWRITE,
     VM_MERGEABLE,
     VM_MIXEDMAP,
@@ -69,6 +71,7 @@ from mm.types import (
     Vma,
     page_anon,
     vma_is_anonymous,
+    vma_set_page_prot,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask, Pfns, Ptes, word
 from mm.vectors import has, some
@@ -98,6 +101,7 @@ _MNEMONICS: Final = (
     (VM_MAYREAD, "mr"),
     (VM_MAYWRITE, "mw"),
     (VM_MAYEXEC, "me"),
+    (VM_MAYSHARE, "ms"),
     (VM_PFNMAP, "pf"),
     (VM_LOCKED, "lo"),
     (VM_IO, "io"),
@@ -215,6 +219,8 @@ def _smap_gather_stats(vma: Vma) -> MemSizeStats:
     for run in walk_page_range(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end, holes=False):
         with mm.page_table_lock:
             pss += _smaps_account(mss, vma, run.ptes)
+    if vma.vm_file is not None and shmem_mapping(vma.vm_file.f_mapping):
+        mss.swap += shmem_swap_usage(vma) << PAGE_SHIFT
     mss.pss = pss >> PSS_SHIFT
     if vma.vm_flags & VM_LOCKED:
         mss.pss_locked = mss.pss
@@ -294,6 +300,7 @@ def clear_refs(mm: MmStruct, what: int) -> None:
         ):
             for vma in mm.vmas:
                 vma.vm_flags &= ~VM_SOFTDIRTY
+                vma_set_page_prot(vma)
                 _clear_soft_dirty(vma)
         return
     with mm.mmap_sem.read():

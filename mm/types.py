@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.errors import InvalidArgument
 from mm.highmem import reserve_payload
 from mm.locking import Locks, RwSemaphore, SpinLock
 from mm.mmzone import Node, PageStack, Zone
@@ -28,8 +29,20 @@ from mm.pgtable import (
     TablePool,
 )
 from mm.swap_slots import SwapInfo
-from mm.typing import PAGE_SHIFT, Addresses, Mask, Payload, Pfns, Word, number, word
+from mm.typing import (
+    PAGE_SHIFT,
+    Addresses,
+    Faults,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    Word,
+    number,
+    word,
+)
 from mm.vmstat import VmStat
+from mm.xarray import XArray
 
 
 class Column(NamedTuple):
@@ -45,7 +58,7 @@ COLUMNS: Final = (
     Column("flags", np.uint64, "flags", "PG_* bits of mm/page_flags.py"),
     Column("refcount", np.int32, "_refcount", "references; 0 is free, 1 a free ZONE_DEVICE page"),
     Column("mapcount", np.int32, "_mapcount + 1", "page-table entries that map the page"),
-    Column("mapping", np.int64, "mapping", "whose it is: anon_vma number << 2 | PAGE_MAPPING_ANON"),
+    Column("mapping", np.int64, "mapping", "whose it is: number << 2, and PAGE_MAPPING_ANON or 0"),
     Column("index", np.int64, "index", "its page offset there: that of the VMAs' vm_pgoff"),
     Column("private", np.int64, "private", "slot of a page in the swap cache, else 0"),
     Column("lru_stamp", np.int64, "lru", "its place in the LRU list: higher is younger"),
@@ -126,6 +139,9 @@ class MemMap:
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
         self.max_map_count = 65530  # VMAs that a process may have
+        self.mappings: dict[int, AddressSpace] = {}  # page caches, by the number in `mapping`
+        self.next_mapping = 1
+        self.files: list[Any] = []  # every File of mm/fs.py that is open
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices
@@ -165,6 +181,22 @@ def page_anon(mem: MemMap, pfns: Pfns) -> Mask:
     return (mem.mapping[pfns] & _ANON).astype(np.bool_)
 
 
+def payload_of(mem: MemMap) -> Payload:
+    """The contents of all frames. Raises InvalidArgument on a machine that keeps none."""
+    if mem.payload is None:
+        raise InvalidArgument("this machine keeps no contents; boot it with payload=True")
+    return mem.payload
+
+
+def page_mapping(mem: MemMap, pfn: int) -> AddressSpace | None:
+    """The page cache that *pfn* is in, None for an anonymous page or one that nobody has.
+
+    Linux: page_mapping(), mm/util.c.
+    """
+    owner = mem.mapping.item(pfn)
+    return None if owner & PAGE_MAPPING_ANON else mem.mappings.get(owner >> 2)
+
+
 class VmFault(IntFlag):
     """How a fault ended; 0 is well. Linux: VM_FAULT_*, include/linux/mm.h."""
 
@@ -197,6 +229,70 @@ class DevPagemap(Protocol):
         """The last reference to *pfns* is gone; they are the driver's alone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddressSpaceOperations:
+    """How a kind of file treats its pages; what is None it has no need of.
+
+    All pages are locked by the caller, in one mapping, and stay so.
+    Linux: struct address_space_operations, include/linux/fs.h.
+
+    readpages(mapping, pfns)              fill them; True where they are up to date now
+    writepage(mapping, pfns)              write them, as reclaim wants; True where one is clean now
+    set_page_dirty(mapping, pfns)         their contents differ from what is stored
+    write_begin(file, pos, nbytes)        pages to write to, locked and with a reference, ascending
+    write_end(file, pos, nbytes, pfns)    they are written to; unlock them and drop the references
+    invalidatepage(mapping, pfns, offset, nbytes)  forget what belongs to that part of each
+    releasepage(mapping, pfns)            let go of `private`; True where that was done
+    migratepage(mapping, new, old)        let new[i] take the place of old[i]: 0, or -errno
+    """
+
+    set_page_dirty: Callable[[AddressSpace, Pfns], None]
+    readpages: Callable[[AddressSpace, Pfns], Mask] | None = None
+    writepage: Callable[[AddressSpace, Pfns], Mask] | None = None
+    write_begin: Callable[[Any, int, int], Pfns] | None = None
+    write_end: Callable[[Any, int, int, Pfns], None] | None = None
+    invalidatepage: Callable[[AddressSpace, Pfns, int, int], None] | None = None
+    releasepage: Callable[[AddressSpace, Pfns], Mask] | None = None
+    migratepage: Callable[[AddressSpace, Pfns, Pfns], NDArray[np.int32]] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class AddressSpace:
+    """The pages of a file that are in memory. Linux: struct address_space, include/linux/fs.h.
+
+    number: what `mapping` of its pages holds, shifted. i_pages: by page offset, changed with
+    `atomic` held. i_mmap: the VMAs that map the file, privately or not.
+    """
+
+    mem: MemMap
+    number: int
+    host: Any  # the Inode of mm/fs.py
+    a_ops: AddressSpaceOperations
+    i_mmap_rwsem: RwSemaphore
+    i_pages: XArray = field(default_factory=XArray)
+    i_mmap: list[Vma] = field(default_factory=list)
+    flags: int = 0  # AS_*
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmOperations:
+    """How a kind of file serves faults. Linux: struct vm_operations_struct, include/linux/mm.h.
+
+    fault(vma, addrs, pgoffs, write)  the page at each offset, locked and with a reference, or -1
+                                      and in the second vector why there is none
+    map_pages(vma, addrs, at)         map what is in memory of the ascending *addrs*, whose entries
+                                      are at places *at* of the table pool; True where it did
+    page_mkwrite(vma, pfns)           locked pages are about to be stored to for the first time
+                                      since they were clean; a VmFault for each that may not be
+    set_policy(vma, start, end, policy)  new pages of the file come by *policy* there
+    """
+
+    fault: Callable[[Vma, Addresses, Indices, bool], tuple[Pfns, Faults]]
+    map_pages: Callable[[Vma, Addresses, Indices], Mask] | None = None
+    page_mkwrite: Callable[[Vma, Pfns], Faults] | None = None
+    set_policy: Callable[[Vma, int, int, Any], None] | None = None
+
+
 VM_READ: Final = 0x00000001
 VM_WRITE: Final = 0x00000002
 VM_EXEC: Final = 0x00000004
@@ -204,6 +300,7 @@ VM_SHARED: Final = 0x00000008
 VM_MAYREAD: Final = 0x00000010
 VM_MAYWRITE: Final = 0x00000020
 VM_MAYEXEC: Final = 0x00000040
+VM_MAYSHARE: Final = 0x00000080
 VM_PFNMAP: Final = 0x00000400
 VM_LOCKED: Final = 0x00002000
 VM_IO: Final = 0x00004000
@@ -242,6 +339,27 @@ def vm_get_page_prot(vm_flags: int) -> Word:
     return word(prot)
 
 
+def vma_set_page_prot(vma: Vma) -> None:
+    """Give *vma* what its flags say, without the right to store where a store must fault first.
+
+    Linux: vma_set_page_prot(), mm/mmap.c.
+    """
+    notify = vma_wants_writenotify(vma)
+    vma.vm_page_prot = vm_get_page_prot(vma.vm_flags & ~VM_SHARED if notify else vma.vm_flags)
+
+
+def vma_wants_writenotify(vma: Vma) -> bool:
+    """True for a shared mapping whose file, or who watches it, wants to know of the first store.
+
+    Linux: vma_wants_writenotify(), mm/mmap.c.
+    """
+    if vma.vm_flags & (VM_WRITE | VM_SHARED) != VM_WRITE | VM_SHARED:
+        return False
+    if vma.vm_ops is not None and vma.vm_ops.page_mkwrite is not None:
+        return True
+    return not vma.vm_flags & VM_SOFTDIRTY
+
+
 _DIRTIED: Final = word(_PAGE_DIRTY | _PAGE_SOFT_DIRTY)
 _STORED: Final = word(_PAGE_RW | _DIRTIED)
 
@@ -275,6 +393,7 @@ class Vma:
         "vm_file",
         "vm_flags",
         "vm_mm",
+        "vm_ops",
         "vm_page_prot",
         "vm_pgoff",
         "vm_policy",
@@ -288,7 +407,8 @@ class Vma:
         self.vm_flags = vm_flags
         self.vm_pgoff = pgoff  # in pages; of anonymous memory: the address it was mapped at
         self.vm_page_prot = vm_get_page_prot(vm_flags)
-        self.vm_file: Any = None
+        self.vm_file: Any = None  # the File of mm/fs.py behind it
+        self.vm_ops: VmOperations | None = None  # of that file
         self.vm_policy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the task's
         self.anon_vma: AnonVma | None = None  # where new anonymous pages of this VMA belong
         self.anon_vma_chain: list[AnonVma] = []  # every anon_vma that lists this VMA
@@ -327,6 +447,8 @@ class MmStruct:
         self.mmap_sem = RwSemaphore(mem.locks, f"mmap_sem of {name}")
         self.page_table_lock = SpinLock(mem.locks, f"page_table_lock of {name}")
         self.anon_rss = 0  # MM_ANONPAGES
+        self.file_rss = 0  # MM_FILEPAGES: of files on disk
+        self.shmem_rss = 0  # MM_SHMEMPAGES: of files that are swapped
         self.swapents = 0  # MM_SWAPENTS: swap entries in the page tables
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages

@@ -14,7 +14,6 @@ import numpy as np
 
 from mm.errors import (
     BusError,
-    InvalidArgument,
     KernelBug,
     MmError,
     OutOfMemory,
@@ -37,7 +36,16 @@ from mm.pgtable import (
     pte_pfn,
 )
 from mm.swapops import is_device_private_entry, swp_offset
-from mm.types import VM_EXEC, VM_FAULT_ERROR, VM_READ, VM_WRITE, MmStruct, Vma, VmFault
+from mm.types import (
+    VM_EXEC,
+    VM_FAULT_ERROR,
+    VM_READ,
+    VM_WRITE,
+    MmStruct,
+    Vma,
+    VmFault,
+    payload_of,
+)
 from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, pages, word
 from mm.vectors import every, places, some
 
@@ -161,7 +169,14 @@ def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
         )
     if fault & VmFault.SIGSEGV:
         return SegmentationFault(addr, f"{mm.name}: the fault handler refused {addr:#x}")
-    return BusError(addr, f"{mm.name}: the contents of the page at {addr:#x} are lost")
+    if fault & VmFault.HWPOISON:
+        return BusError(addr, f"{mm.name}: the contents of the page at {addr:#x} are lost")
+    return BusError(
+        addr,
+        f"{mm.name}: the contents of the page at {addr:#x} cannot be had: they are lost, or beyond "
+        f"the end of the file",
+        poisoned=False,
+    )
 
 
 def served_in_vain(mm: MmStruct, addr: int, what: str) -> PageHeld | KernelBug:
@@ -186,16 +201,9 @@ def page_range(addr: int, nbytes: int) -> Addresses:
     return np.arange(addr & ~(PAGE_SIZE - 1), addr + nbytes if nbytes else 0, PAGE_SIZE)
 
 
-def payload_of(mm: MmStruct) -> Payload:
-    """The contents of all frames. Raises InvalidArgument on a machine that keeps none."""
-    if mm.mem.payload is None:
-        raise InvalidArgument("this machine keeps no contents; boot it with payload=True")
-    return mm.mem.payload
-
-
 def copy_from_user(mm: MmStruct, addr: int, out: Payload) -> None:
     """Load uint8[n] *out* from [*addr*, *addr* + n). Linux: copy_from_user(), asm/uaccess.h."""
-    payload = payload_of(mm)
+    payload = payload_of(mm.mem)
     first = addr & ~(PAGE_SIZE - 1)
 
     def load(place: int, pfns: Pfns) -> None:
@@ -208,7 +216,7 @@ def copy_from_user(mm: MmStruct, addr: int, out: Payload) -> None:
 
 def copy_to_user(mm: MmStruct, addr: int, data: Payload) -> None:
     """Store uint8[n] *data* at *addr*. Linux: copy_to_user(), asm/uaccess.h."""
-    payload = payload_of(mm)
+    payload = payload_of(mm.mem)
     first = addr & ~(PAGE_SIZE - 1)
 
     def store(place: int, pfns: Pfns) -> None:
@@ -221,7 +229,7 @@ def copy_to_user(mm: MmStruct, addr: int, data: Payload) -> None:
 
 def gather_from_user(mm: MmStruct, addrs: Addresses) -> Payload:
     """The byte at each of *addrs*, int64[n] in any order; uint8[n]."""
-    flat = payload_of(mm).reshape(-1)
+    flat = payload_of(mm.mem).reshape(-1)
     out = np.empty(addrs.size, dtype=np.uint8)
     frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
 
@@ -235,7 +243,7 @@ def gather_from_user(mm: MmStruct, addrs: Addresses) -> Payload:
 
 def scatter_to_user(mm: MmStruct, addrs: Addresses, data: Payload) -> None:
     """Store data[i] at addrs[i]; of an address that repeats, the last one stays."""
-    flat = payload_of(mm).reshape(-1)
+    flat = payload_of(mm.mem).reshape(-1)
     frames, page_of = np.unique(addrs & ~(PAGE_SIZE - 1), return_inverse=True)
 
     def store(place: int, pfns: Pfns) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm.anon_vma import anon_vma_clone, unlink_anon_vmas
+from mm.fs import fput, get_file
 from mm.mempolicy import Mempolicy, mpol_equal
 from mm.overcommit import check_map_count
 from mm.types import (
@@ -31,8 +32,8 @@ from mm.types import (
     AnonVma,
     MmStruct,
     Vma,
-    vm_get_page_prot,
     vma_pages,
+    vma_set_page_prot,
 )
 from mm.typing import PAGE_SHIFT
 
@@ -69,10 +70,42 @@ def _vm_end(vma: Vma) -> int:
     return vma.vm_end
 
 
-def insert_vma(vma: Vma) -> None:
-    """Enter *vma*, which overlaps no other, in its address space. Linux: vma_link(), mm/mmap.c."""
+def insert_vma(vma: Vma, parent: Vma | None = None) -> None:
+    """Enter *vma*, which overlaps no other, in its address space, and list it where its file's
+    pages look for who maps them, right after *parent* if that is given.
+
+    Linux: vma_link(), mm/mmap.c; vma_interval_tree_insert_after(), mm/interval_tree.c.
+    """
     vmas = vma.vm_mm.vmas
     vmas.insert(bisect_right(vmas, vma.vm_start, key=_vm_end), vma)
+    if vma.vm_file is not None:
+        get_file(vma.vm_file)
+        with vma.vm_file.f_mapping.i_mmap_rwsem.write():
+            i_mmap = vma.vm_file.f_mapping.i_mmap
+            i_mmap.insert(i_mmap.index(parent) + 1 if parent else len(i_mmap), vma)
+
+
+def remove_vma(vma: Vma) -> None:
+    """Undo insert_vma(); what *vma* mapped is gone, or another's.
+
+    Linux: unlink_file_vma() and remove_vma(), mm/mmap.c.
+    """
+    unlink_anon_vmas(vma)
+    vma.vm_mm.vmas.remove(vma)
+    if vma.vm_file is not None:
+        with vma.vm_file.f_mapping.i_mmap_rwsem.write():
+            vma.vm_file.f_mapping.i_mmap.remove(vma)
+        fput(vma.vm_file)
+
+
+def vma_inherit(vma: Vma, orig: Vma) -> None:
+    """Let *vma*, new and in no list yet, map what *orig* maps, by the same rules.
+
+    Linux: vm_area_dup(), kernel/fork.c.
+    """
+    vma.vm_file, vma.vm_ops = orig.vm_file, orig.vm_ops
+    vma.vm_policy = orig.vm_policy
+    vma.vm_page_prot = orig.vm_page_prot
 
 
 def _neighbours(vmg: VmaMerge) -> tuple[Vma | None, Vma | None]:
@@ -169,8 +202,7 @@ def _give_away(vma: Vma, start: int, end: int) -> None:
     elif end < vma.vm_end:
         vma_set_range(vma, end, vma.vm_end)
     else:
-        vma.vm_mm.vmas.remove(vma)
-        unlink_anon_vmas(vma)
+        remove_vma(vma)
 
 
 def vma_set_range(vma: Vma, start: int, end: int) -> None:
@@ -178,7 +210,11 @@ def vma_set_range(vma: Vma, start: int, end: int) -> None:
 
     Linux: vma_set_range(), mm/vma.h, v6.12, between vma_prepare() and vma_complete().
     """
-    with vma.anon_vma.rwsem.write() if vma.anon_vma else nullcontext():
+    mapping = vma.vm_file.f_mapping if vma.vm_file is not None else None
+    with (
+        mapping.i_mmap_rwsem.write() if mapping else nullcontext(),
+        vma.anon_vma.rwsem.write() if vma.anon_vma else nullcontext(),
+    ):
         vma.vm_pgoff += (start - vma.vm_start) >> PAGE_SHIFT
         vma.vm_start = start
         vma.vm_end = end
@@ -188,8 +224,7 @@ def split_vma(vma: Vma, addr: int) -> Vma:
     """Cut *vma* at *addr*; the part from there on is returned. Linux: __split_vma(), mm/mmap.c."""
     rest = Vma(vma.vm_mm, addr, vma.vm_end, vma.vm_flags, vma.vm_pgoff)
     rest.vm_pgoff += (addr - vma.vm_start) >> PAGE_SHIFT
-    rest.vm_file = vma.vm_file
-    rest.vm_policy = vma.vm_policy
+    vma_inherit(rest, vma)
     anon_vma_clone(rest, vma)
     vma_set_range(vma, vma.vm_start, addr)
     insert_vma(rest)
@@ -223,7 +258,7 @@ def vma_modify_flags(vma: Vma, start: int, end: int, vm_flags: int) -> Vma:
     vmg.vm_flags = vm_flags
     vma = vma_modify(vma, vmg)
     vma.vm_flags = vm_flags
-    vma.vm_page_prot = vm_get_page_prot(vm_flags)
+    vma_set_page_prot(vma)
     return vma
 
 
@@ -235,5 +270,7 @@ def vma_modify_policy(vma: Vma, start: int, end: int, policy: Mempolicy | None) 
     vmg = vmg_of(vma, start, end)
     vmg.vm_policy = policy
     vma = vma_modify(vma, vmg)
+    if vma.vm_ops is not None and vma.vm_ops.set_policy is not None:
+        vma.vm_ops.set_policy(vma, start, end, policy)
     vma.vm_policy = policy
     return vma

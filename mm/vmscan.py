@@ -30,6 +30,7 @@ from mm.mem_cgroup import MemCgroup, mem_cgroup_tree
 from mm.memcontrol import mem_cgroup_get_nr_swap_pages, mem_cgroup_swap_full
 from mm.mmzone import Lru, Node
 from mm.page_alloc import MAX_RECLAIM_RETRIES, drain_all_pages
+from mm.page_cache import by_mapping, delete_from_page_cache, page_in_cache
 from mm.page_flags import (
     PG_active,
     PG_dirty,
@@ -54,7 +55,7 @@ from mm.swap_slots import vm_swap_full
 from mm.swap_state import add_to_swap, delete_from_swap_cache
 from mm.swapfile import free_swap_cache, try_to_free_swap
 from mm.trace import TracePoint
-from mm.types import MemMap
+from mm.types import MemMap, page_anon
 from mm.typing import PAGE_SHIFT, Mask, Pfns, word
 from mm.vectors import every, has, places, some, unique
 from mm.workingset import workingset_eviction
@@ -345,6 +346,8 @@ def _with_a_slot(mem: MemMap, pfns: Pfns) -> Pfns:
     """Go on with what has its place in swap, or needs none; what is pinned stays as it is."""
     flags = mem.flags[pfns]
     homeless = has(flags, PG_swapbacked) & ~has(flags, PG_swapcache)
+    if mem.mappings:
+        homeless &= page_anon(mem, pfns)
     if not some(homeless):
         return pfns
     pinned = homeless & page_maybe_dma_pinned(mem, pfns)
@@ -365,6 +368,8 @@ def pageout(mem: MemMap, pfns: Pfns) -> Pfns:
     What others hold is not written, as they may change it still; it stays dirty, in the swap
     cache. A page whose write fails stays as well, active. Linux: pageout(), mm/vmscan.c.
     """
+    if mem.mappings:
+        pfns = _write_files(mem, pfns)
     dirty = has(mem.flags[pfns], PG_dirty) & has(mem.flags[pfns], PG_swapcache)
     if not some(dirty):
         return pfns
@@ -378,8 +383,26 @@ def pageout(mem: MemMap, pfns: Pfns) -> Pfns:
     return pfns[may]
 
 
+def _write_files(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Let files write what is dirty of their *pfns*; go on with the others, and what was written.
+
+    What somebody else holds stays. Linux: pageout() of a page with a mapping, mm/vmscan.c.
+    """
+    dirty = has(mem.flags[pfns], PG_dirty) & page_in_cache(mem, pfns)
+    if not some(dirty):
+        return pfns
+    may = ~dirty
+    freeable = places(dirty & (mem.refcount[pfns] == 2))  # the cache's and ours
+    for mapping, mine in by_mapping(mem, pfns[freeable]):
+        if mapping.a_ops.writepage is not None:
+            written = mapping.a_ops.writepage(mapping, mine)
+            may[np.isin(pfns, mine[written])] = True
+            _activate(mem, mine[~written])
+    return pfns[may]
+
+
 def remove_mapping(mem: MemMap, pfns: Pfns) -> Pfns:
-    """Take *pfns* (locked, unmapped) out of the swap cache; those that only the caller holds now.
+    """Take *pfns* (locked, unmapped) out of their caches; those that only the caller holds now.
 
     A page that somebody else has found or changed meanwhile stays.
     Linux: __remove_mapping(), mm/vmscan.c.
@@ -387,10 +410,21 @@ def remove_mapping(mem: MemMap, pfns: Pfns) -> Pfns:
     with mem.locks.atomic:
         flags = mem.flags[pfns]
         cached = has(flags, PG_swapcache)
-        ours = mem.refcount[pfns] == 1 + cached
-        ours &= ~(cached & has(flags, PG_dirty))
+        filed = page_in_cache(mem, pfns) if mem.mappings else np.zeros_like(cached)
+        ours = mem.refcount[pfns] == 1 + (cached | filed)
+        ours &= ~((cached | filed) & has(flags, PG_dirty))
         leaving = pfns[ours & cached]
         delete_from_swap_cache(mem, leaving, workingset_eviction(mem, leaving))
-        lazyfree = ours & ~cached & ~has(flags, PG_swapbacked)
+        _leave_page_cache(mem, pfns[ours & filed])
+        lazyfree = ours & ~cached & ~filed & ~has(flags, PG_swapbacked)
     mem.vmstat.add("pglazyfreed", int(np.count_nonzero(lazyfree)))
     return pfns[ours]
+
+
+def _leave_page_cache(mem: MemMap, pfns: Pfns) -> None:
+    """Take clean *pfns* out of the page cache; a file on disk keeps shadows of its own."""
+    if pfns.size:
+        swapbacked = has(mem.flags[pfns], PG_swapbacked)
+        delete_from_page_cache(mem, pfns[swapbacked])
+        filed = pfns[~swapbacked]
+        delete_from_page_cache(mem, filed, workingset_eviction(mem, filed))

@@ -21,7 +21,13 @@ VMSTAT_NAMES: Final = (
     "nr_unevictable",
     "nr_mlock",  # pages that some VM_LOCKED mapping keeps in memory
     "nr_isolated_anon",  # taken off a list by somebody who moves them
+    "nr_isolated_file",
     "nr_anon_pages",  # mapped anonymous pages, device memory included
+    "nr_mapped",  # mapped pages of the page cache
+    "nr_file_pages",  # pages of the page cache, the swap cache included
+    "nr_dirty",  # pages of files whose contents are not on disk yet
+    "nr_writeback",  # pages of files on their way to disk
+    "nr_shmem",  # pages of the page cache whose home is swap: tmpfs and shared anonymous memory
     "nr_swapcached",  # pages in the swap cache
     "nr_page_table_pages",
     "nr_foll_pin_acquired",  # pins taken since boot: this one and the next only rise

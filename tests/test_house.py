@@ -18,6 +18,7 @@ OURS = {
             "verify check_zones check_free_pages check_counts check_flags check_mlocked check_lru "
             "check_swap"
         ),
+        "debug_cache": "check_page_cache check_files",
         "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
         "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
@@ -27,11 +28,13 @@ OURS = {
         "highmem": "byte_places reserve_payload",
         "mmap": "vmas_in",
         "mmu_notifier": "call_each",
+        "page_cache": "by_mapping",
         "pgtable": "pte_tables",
         "swap": "lru_pages",
         "swapops": "swp_type swp_offset",
         "typing": "pages word number",
-        "uaccess": "access_pages page_range payload_of gather_from_user scatter_to_user",
+        "types": "payload_of",
+        "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
             "stretches set_bits keep_bits integers"

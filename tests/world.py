@@ -262,12 +262,16 @@ class World:
         for mm in tuple(self.machine.mem.mms):
             with mm.mmap_sem.write():
                 exit_mmap(mm)
+        for file in tuple(self.machine.mem.files):
+            file.close()
         self.machine.verify()
+        assert ([], {}) == (self.machine.mem.files, self.machine.mem.mappings)
         poisoned = self.machine.mem.num_poisoned_pages
         assert self.free_at_boot == self.machine.nr_free_pages + poisoned
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
         assert 0 == self.machine.mem.swap.inuse_pages
         assert {} == self.machine.mem.anon_vmas
+        assert all(0 == g.usage == g.swap_usage for g in self.machine.mem.memcgs.values())
 
 
 def mapped_range(  # noqa: PLR0913 - each a default that some test varies
@@ -302,6 +306,12 @@ def mapped_range(  # noqa: PLR0913 - each a default that some test varies
     _worlds.append(world)
     if filled and payload:
         world.fill()
+    return world
+
+
+def track(world: World) -> World:
+    """End *world* in place of the last one that was made, of which it is a view."""
+    _worlds[-1] = world
     return world
 
 

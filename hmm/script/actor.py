@@ -19,6 +19,7 @@ from hmm.script.answers import MAX_SHOWN, errno_name, error_name
 from hmm.script.language import Choice, Operation
 from hmm.script.operations import HANDLERS, UNCOUNTED, Answer, Refused, Unsupported
 from mm.errors import BusError, InvalidRange, MmError, SegmentationFault
+from mm.fs import File as MemFile
 from mm.gup import Pin
 from mm.machine import Machine
 from mm.memparse import Size
@@ -66,11 +67,12 @@ def pointer(addr: int) -> int:
 
 
 class Region(NamedTuple):
-    """What `mmap NAME` made: pages at a fixed address."""
+    """What `mmap NAME` made: pages at a fixed address, of a file where it has one."""
 
     name: str
     addr: int
     npages: int
+    file: MemFile | None = None
 
 
 class Pages(NamedTuple):

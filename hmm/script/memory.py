@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from hmm.script.actor import BASE, MAX_PAGES, MAX_REGIONS, STRIDE, Actor, Region
+from hmm.script.actor import BASE, MAX_PAGES, MAX_REGIONS, STRIDE, Actor, File, Pages, Region
 from hmm.script.answers import error_name, fnv, pages_of_words
 from hmm.script.operations import Answer, Refused, Unsupported, operation
-from mm.errors import MmError
+from mm.errors import BadFile, MmError
+from mm.fs import File as MemFile
 from mm.pgtable import PMD_SIZE
 from mm.typing import PAGE_SHIFT, PAGE_SIZE
 
@@ -44,13 +45,38 @@ def mmap(
     """Map a new region."""
     if prot is None or len(actor.regions) == MAX_REGIONS:
         raise Refused("EUSAGE")
-    if kind != "anon":
-        raise Unsupported(f"mmap: memory of kind {kind}; so far there is anon")
+    file = _file_of_kind(actor, kind, npages)
+    shared = kind in ("shared", "file") or kind.startswith("same:")
     addr = BASE + len(actor.regions) * STRIDE + (off << PAGE_SHIFT)
-    how = "|".join(["anon", "private", *given])
-    actor.process.mmap(npages << PAGE_SHIFT, prot, how, addr=addr)
-    actor.regions.append(Region(name, addr, npages))
+    how = ["anon" if file is None else "file", "shared" if shared else "private", *given]
+    actor.process.mmap(npages << PAGE_SHIFT, prot, "|".join(how), file, addr)
+    actor.regions.append(Region(name, addr, npages, file))
     return {"ret": 0}
+
+
+def _file_of_kind(actor: Actor, kind: str, npages: int) -> MemFile | None:
+    """What memory of *kind* is a mapping of: a new memfd, that of another region, or nothing."""
+    if kind in ("anon", "shared"):
+        return None
+    if kind in ("file", "fileprivate"):
+        file = actor.host.machine.memfd_create("mmscript")
+        actor.opened(File(file, MemFile.close))
+        file.truncate(npages << PAGE_SHIFT)
+        return file
+    same, _, other = kind.partition(":")
+    if same not in ("same", "samepriv"):
+        raise Unsupported(f"mmap: memory of kind {kind}; there are anon, shared, file, fileprivate")
+    try:
+        return _memfd(actor.pages(other))
+    except Refused:
+        raise BadFile(f"mmap: there is no region {other}") from None
+
+
+def _memfd(pages: Pages) -> MemFile:
+    """The file behind a region. Raises BadFile where it has none."""
+    if pages.region.file is None:
+        raise BadFile(f"region {pages.region.name} has no file")
+    return pages.region.file
 
 
 @operation("munmap NAME first n")
@@ -102,7 +128,7 @@ def mremap(
     to = BASE + len(actor.regions) * STRIDE + pages.addr % PMD_SIZE
     how = "maymove|fixed|dontunmap" if dontunmap else "maymove|fixed"
     actor.process.mremap(pages.addr, pages.nbytes, npages << PAGE_SHIFT, how, to)
-    actor.regions.append(Region(new, to, npages))
+    actor.regions.append(Region(new, to, npages, pages.region.file))
     return {"ret": 0}
 
 
@@ -131,6 +157,21 @@ def munlock(actor: Actor, name: str, first: int, n: int) -> Answer:
     """munlock(2)."""
     pages = actor.pages(name, first, n)
     actor.process.munlock(pages.addr, pages.nbytes)
+    return {"ret": 0}
+
+
+@operation("filewrite NAME page V")
+def filewrite(actor: Actor, name: str, page: int, value: int) -> Answer:
+    """pwrite(2) of a word to the file behind a region."""
+    file = _memfd(actor.pages(name))
+    return {"ret": file.write(page << PAGE_SHIFT, value.to_bytes(WORD, "little"))}
+
+
+@operation("ftruncate NAME pages")
+def ftruncate(actor: Actor, name: str, npages: int | None) -> Answer:
+    """ftruncate(2) of the file behind a region."""
+    file = _memfd(actor.pages(name))
+    file.truncate((npages or 0) << PAGE_SHIFT)
     return {"ret": 0}
 
 

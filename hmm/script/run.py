@@ -18,8 +18,6 @@ NOT_YET: Final = (
     "uffd_copy NAME first n V",
     "uffd_wp NAME first n [off]",
     "ksm PASSES",
-    "filewrite NAME page V",
-    "ftruncate NAME pages",
 )
 
 

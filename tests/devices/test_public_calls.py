@@ -165,16 +165,18 @@ class TestReclaim:
         assert world.intact()
 
     def test_page_that_was_given_up(self):
-        """A page that MADV_FREE gave up migrates, and is not given up any more."""
+        """A page that MADV_FREE gave up migrates, and is kept if the device stores to it."""
         world = public_range(3, swap="1MiB")
         lru_add_drain_all(world.machine.mem)
         world.process.madvise(world.addr, world.nbytes, "free")
         lru_add_drain_all(world.machine.mem)
         world.gpu.to_device(world.process, world.addr, world.nbytes)
+        world.gpu.write(world.process, world.at(1), b"\x11")
         world.gpu.to_system(world.process, world.addr, world.nbytes)
+        lru_add_drain_all(world.machine.mem)
         world.pageout()
 
-        assert world.intact()
+        assert [0, 0x11, 0] == world.contents()
 
 
 class TestLock:

@@ -12,6 +12,7 @@ from mm import (
     PAGE_SIZE,
 )
 from mm.types import PAGE_MAPPING_ANON
+from tests.files import mapped_file
 from tests.hmm.callbacks import look_on, migrate
 from tests.hmm.ranges import (
     in_hand,
@@ -159,9 +160,8 @@ class TestInTheWay:
 
     def test_holes_of_a_file(self):
         """What a file has not been read into is no hole; the private pages on it migrate."""
-        world = mapped_range(pages=3, filled=False)
+        world = mapped_file(pages=3, filled=False).private()
         world.process.write(world.at(1), b"x")
-        world.vma.vm_file = object()
 
         result = migrate(world)
 

@@ -143,7 +143,7 @@ class TestColumns:
         with spoiled(world.machine.mem.refcount, pfn, 9):
             (line,) = complaints(world.machine)
 
-        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and swap cache" == line
+        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and caches" == line
 
     def test_many_pages(self, world):
         """Four are named, the others counted."""
@@ -298,7 +298,7 @@ class TestLists:
             lines = complaints(world.machine)
 
         pfn = world.pfns().item(1)
-        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and swap cache" in lines
+        assert f"refcount: page {pfn:#x}: not its mappings, pagevecs, pins and caches" in lines
         assert f"flags: page {pfn:#x}: mapped, but on no LRU list nor on its way" in lines
 
     def test_list_that_lost_a_page(self, world):

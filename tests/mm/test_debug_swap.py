@@ -94,7 +94,7 @@ class TestCache:
         found = complaints(world.machine)
         world.machine.vmstat.add("nr_swapcached", -3)
 
-        assert ["nr_swapcached: says 5, 2 slots have pages, 2 pages have slots"] == found
+        assert "nr_swapcached: says 5, 2 slots have pages, 2 pages have slots" == found[0]
 
     def test_page_that_is_said_to_be_outside(self, world):
         """The flag goes with the slot."""

@@ -21,9 +21,9 @@ class TestMmap:
     @pytest.mark.parametrize(
         ("how", "complaint"),
         [
-            ({"flags": "anon|shared"}, r"flags 'anon\|shared' with file None cannot be mapped"),
-            ({"flags": "anon"}, "flags 'anon' with"),
-            ({"file": "data.bin"}, "with file 'data.bin' cannot be mapped; use"),
+            ({"flags": "anon|shared|private"}, "flags 'anon|shared|private' are not one of anon"),
+            ({"flags": "anon"}, "flags 'anon' are not"),
+            ({"flags": "file|shared"}, r"flags 'file\|shared' do not go with file=None"),
             ({"prot": "rwz"}, "prot 'rwz' is not made of the letters r, w, x or"),
             ({"prot": ""}, "prot '' is not made of"),
             ({"length": 0}, "length must be positive, got 0"),

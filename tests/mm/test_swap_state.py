@@ -44,7 +44,7 @@ class TestAddToSwap:
         assert pfns.tolist() == lookup_swap_cache(mem, pages(1, 2, 3)).tolist()
         assert [count + 1 for count in before] == mem.refcount[pfns].tolist()
         assert (mem.flags[pfns] & PG_dirty != 0).all()
-        assert {"nr_swapcached": 3} == delta
+        assert {"nr_file_pages": 3, "nr_swapcached": 3} == delta
         assert [SWAP_HAS_CACHE] * 3 == mem.swap.swap_map[1:4].tolist()
 
     def test_last_ones_get_none(self, world):
