@@ -151,8 +151,8 @@ class Machine:
     def memory_failure(self, pfns: ArrayLike) -> Errnos:
         """Let the contents of frames *pfns*, one or many, be lost: who reads them has SIGBUS.
 
-        0 for each, or a negative errno: -EBUSY where somebody holds the page, and for device
-        memory; -ENXIO for no frame. Linux: /sys/devices/system/memory/hard_offline_page.
+        0 for each, or a negative errno: -EBUSY where somebody holds the page, and for memory of
+        devices and files; -ENXIO for no frame. Linux: /sys/devices/system/memory/hard_offline_page.
         """
         return memory_failure(self.mem, integers("memory_failure: pfns", pfns))
 

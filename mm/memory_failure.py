@@ -64,9 +64,12 @@ def memory_failure(mem: MemMap, pfns: Pfns) -> Errnos:
     """The contents of *pfns* are lost: nobody shall read them. 0, or a negative errno for each.
 
     -EBUSY: somebody still holds the page, which is out of use all the same; or it stays as it is,
-    as it is device memory, the kernel's own, or on its way to another place. -ENXIO: there is no
-    such frame. A page that an exclusive entry stands for is taken back from its device first.
-    Raises Deadlock where this thread has one locked. Linux: memory_failure(), mm/memory-failure.c.
+    as it is device memory, of a file, the kernel's own, or on its way to another place. -ENXIO:
+    there is no such frame. A page that a device has for itself is taken back first. Raises Deadlock
+    where this thread has one locked.
+
+    Unlike Linux v4.20, which takes a page of a file out of the page cache and so loses what was not
+    stored without a word, such a page stays. Linux: memory_failure(), mm/memory-failure.c.
     """
     frames, which = np.unique(pfns, return_inverse=True)
     status = _frames_there(mem, frames, device=-errno.EBUSY)

@@ -37,6 +37,7 @@ class NumaMaps:
 
     start: int
     policy: str
+    file: str | None = None  # the name of what is mapped, None for anonymous memory
     pages: int = 0
     anon: int = 0
     dirty: int = 0
@@ -48,6 +49,8 @@ class NumaMaps:
 
     def __str__(self) -> str:
         said = [f"{self.start:08x} {self.policy}"]
+        if self.file is not None:
+            said.append(f"file=/{self.file}")
         if self.pages:
             mapped = self.pages not in (self.anon, self.dirty)
             said += [
@@ -79,7 +82,8 @@ def numa_maps(mm: MmStruct, policy: Mempolicy | None) -> list[NumaMaps]:
 
 def _gather_vma_stats(vma: Vma, policy: Mempolicy | None) -> NumaMaps:
     mm = vma.vm_mm
-    md = NumaMaps(vma.vm_start, mpol_to_str(vma.vm_policy or policy))
+    file = None if vma.vm_file is None else vma.vm_file.name
+    md = NumaMaps(vma.vm_start, mpol_to_str(vma.vm_policy or policy), file)
     for run in walk_page_range(mm.mem.tables, mm.pgd, vma.vm_start, vma.vm_end, holes=False):
         with mm.page_table_lock:
             pfns, dirty = _numa_pages(vma, run.ptes)

@@ -307,6 +307,24 @@ class TestWhatIsNotDone:
         assert [BUSY] == world.machine.soft_offline_page(pfn).tolist()
         world.machine.verify()
 
+    def test_page_of_a_file(self):
+        """It stays, whoever maps it; but it can go out of use with its contents kept."""
+        world = mapped_range(1)
+        file = world.machine.memfd_create("file")
+        file.truncate(2 * PAGE_SIZE)
+        shared = world.seen_by(world.process)
+        shared.addr = world.process.mmap(2 * PAGE_SIZE, flags="file|shared", file=file)
+        shared.pages = 2
+        shared.fill()
+        old = shared.pfns()
+
+        assert [BUSY, BUSY] == world.machine.memory_failure(old).tolist()
+        assert [0, 0] == world.machine.soft_offline_page(old).tolist()
+        assert shared.intact()
+        assert shared.written().tobytes() == file.read(0, 2 * PAGE_SIZE)
+        assert [True, True] == retired(world, old)
+        world.machine.verify()
+
     def test_page_that_somebody_has_isolated(self):
         """It is on its way somewhere, with its contents."""
         world = mapped_range(2)

@@ -68,6 +68,20 @@ class TestLine:
         assert "anon=2 swapcache=2" in str(md)
 
 
+class TestFiles:
+    def test_name(self):
+        """A mapping of a file says which; its pages are those that it maps."""
+        world = two_nodes(1)
+        file = world.machine.memfd_create("data")
+        file.truncate(2 * PAGE_SIZE)
+        addr = world.process.mmap(2 * PAGE_SIZE, flags="file|shared", file=file)
+        world.process.write(addr, b"\1")
+
+        md = next(md for md in world.process.numa_maps() if md.start == addr)
+        assert ("memfd:data", 0) == (md.file, md.anon)
+        assert f"{addr:08x} default file=/memfd:data dirty=1" in str(md)
+
+
 class TestPolicies:
     @pytest.mark.parametrize(
         ("policy", "text"),
