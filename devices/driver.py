@@ -42,7 +42,7 @@ from mm.pgtable import (
 )
 from mm.process import Process
 from mm.trace import TracePoint
-from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
+from mm.types import VM_FAULT_ERROR, VM_FAULT_USERFAULT, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
 from mm.uaccess import access_error, page_range, served_in_vain
 from mm.vectors import every, has, pieces, places, some, stretches
@@ -253,6 +253,8 @@ class Driver(DeviceMemory):
             addr = addrs.item(bad[0])
             if faults[bad[0]] & VmFault.OOM:
                 raise OutOfMemory(f"{self.name}: no frame for the page at {addr:#x}")
+            if faults[bad[0]] & VM_FAULT_USERFAULT:
+                raise BusError(addr, f"{self.name}: no device waits for userland at {addr:#x}")
             raise BusError(addr, f"{self.name}: the contents of the page at {addr:#x} are lost")
 
     def _check_progress(self, mm: MmStruct, rounds: int, addrs: Addresses) -> None:

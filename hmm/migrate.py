@@ -78,6 +78,7 @@ from mm.swap import (
 from mm.trace import TracePoint
 from mm.types import MemMap, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
+from mm.userfaultfd_k import userfaultfd_missing
 from mm.vectors import distinct, every, has, parted, places, rows, some
 
 _CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
@@ -290,6 +291,9 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
         at = pte_offset_alloc(mm, addrs)
     except OutOfMemory:
         migrate.drop(holes, Stayed.NO_TABLE)
+        return
+    if userfaultfd_missing(vma):  # they are userland's to fill
+        migrate.drop(holes, Stayed.USERFAULT)
         return
     if mem.memcgs:
         may = _charge(migrate, holes, pfns)

@@ -20,14 +20,18 @@ from mm.errors import (
     InvalidRange,
     KernelBug,
     Misplaced,
+    NoEntry,
     NoSuchNode,
+    NoSuchProcess,
     NotMapped,
     OutOfMemory,
     OutOfRange,
     Overflow,
     PageHeld,
+    PartlyCopied,
     PermissionDenied,
     SegmentationFault,
+    TimedOut,
     TryAgain,
     WouldBlock,
 )
@@ -35,6 +39,8 @@ from mm.machine import Machine
 from mm.mem_cgroup import MemCgroup
 from mm.process import Process
 from mm.typing import PAGE_SIZE
+from mm.userfaultfd import UserfaultFd
+from mm.userfaultfd_k import UffdEvent, UffdMsg
 
 __all__ = [
     "PAGE_SIZE",
@@ -52,15 +58,22 @@ __all__ = [
     "Machine",
     "MemCgroup",
     "Misplaced",
+    "NoEntry",
     "NoSuchNode",
+    "NoSuchProcess",
     "NotMapped",
     "OutOfMemory",
     "OutOfRange",
     "Overflow",
     "PageHeld",
+    "PartlyCopied",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "TimedOut",
     "TryAgain",
+    "UffdEvent",
+    "UffdMsg",
+    "UserfaultFd",
     "WouldBlock",
 ]

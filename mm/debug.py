@@ -19,6 +19,7 @@ from mm.debug_mm import (
     check_entries,
     check_notifiers,
     check_tables,
+    check_userfaultfds,
     check_vmas,
 )
 from mm.errors import KernelBug
@@ -265,6 +266,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_anon_vmas,
     check_vmas,
     check_notifiers,
+    check_userfaultfds,
     check_memcgs,
 )
 

@@ -14,6 +14,7 @@ from mm.pgtable import (
     pte_pfn,
     pte_present,
     pte_special,
+    pte_uffd_wp,
     pte_write,
 )
 from mm.swapops import (
@@ -21,14 +22,16 @@ from mm.swapops import (
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_pte_marker,
     is_swap_entry,
     is_write_device_exclusive_entry,
     is_write_device_private_entry,
     pte_swp_exclusive,
+    pte_swp_uffd_wp,
     swp_offset,
     swp_type,
 )
-from mm.types import VM_LOCKED, VM_WRITE, MemMap, Vma, vma_pages
+from mm.types import VM_LOCKED, VM_UFFD_FLAGS, VM_UFFD_WP, VM_WRITE, MemMap, Vma, vma_pages
 from mm.typing import PAGE_SHIFT, Addresses, Mask, Ptes
 from mm.vectors import some
 
@@ -51,7 +54,8 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
             filed += int(np.count_nonzero(cached & ~swapbacked))
             shmem += int(np.count_nonzero(swapbacked))
             swapents += int(np.count_nonzero(swapped))
-            odd = ~(present | private | moving | poisoned | taken | swapped)
+            marked = is_pte_marker(ptes)
+            odd = ~(present | private | moving | poisoned | taken | swapped | marked)
             odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
             odd |= swapped & ((swp_type(ptes) != 0) | (slots == 0) | (slots >= mem.swap.max))
             yield from complain("page table", addrs, odd, f"an entry of no kind in {vma!r}")
@@ -59,6 +63,13 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
             writable |= is_write_device_exclusive_entry(ptes)
             if not vma.vm_flags & VM_WRITE:
                 yield from complain("page table", addrs, writable, f"writable in {vma!r}")
+            guarded = marked | np.where(present, pte_uffd_wp(ptes), pte_swp_uffd_wp(ptes))
+            if not mm.uffd_wp:
+                rule = f"uffd-wp, which {mm.name} has never had, in {vma!r}"
+                yield from complain("page table", addrs, guarded, rule)
+            if vma.vm_flags & VM_UFFD_WP:
+                rule = f"writable though it is uffd-wp in {vma!r}"
+                yield from complain("page table", addrs, guarded & writable, rule)
             lost = moving & ((swp_offset(ptes) < 0) | (swp_offset(ptes) >= mem.limit_pfn))
             yield from complain("page table", addrs, lost, f"no such frame in {vma!r}")
             own = swapped & pte_swp_exclusive(ptes) & ~odd
@@ -138,6 +149,25 @@ def check_vmas(mem: MemMap, census: Census) -> Complaints:
         everywhere = sum(int(np.count_nonzero(run.ptes)) for run in runs)
         if inside != everywhere:
             yield f"page table: {mm.name} maps {everywhere - inside} pages outside its VMAs"
+
+
+def check_userfaultfds(mem: MemMap, census: Census) -> Complaints:
+    """Nobody waits for userland; a VMA reports to an open fd of its address space, or to none."""
+    for mm in mem.mms:
+        if mm.uffd_events:
+            yield f"uffd_events: nobody tells the userfaultfds of {mm.name} {mm.uffd_events}"
+        for ctx in mm.userfaultfds:
+            if ctx.mm is not mm or ctx.released:
+                yield f"userfaultfds: {ctx!r} is not at home in {mm.name}"
+            if waiting := ctx.fault_pending + ctx.faults:
+                yield f"userfaultfds: {ctx!r} has {waiting[0].msg}, for which nobody waits"
+            if ctx.mmap_changing != len(ctx.events):
+                unread = len(ctx.events)
+                yield f"mmap_changing: {ctx!r} says {ctx.mmap_changing}, {unread} are unread"
+        for vma in mm.vmas:
+            ctx, armed = vma.vm_userfaultfd_ctx, vma.vm_flags & VM_UFFD_FLAGS
+            if (ctx is None) == bool(armed) or ctx not in (None, *mm.userfaultfds):
+                yield f"vm_userfaultfd_ctx: {vma!r} of {mm.name} has {ctx!r} and flags {armed:#x}"
 
 
 def check_notifiers(mem: MemMap, census: Census) -> Complaints:

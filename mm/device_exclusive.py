@@ -26,21 +26,25 @@ from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DEVMAP,
     _PAGE_SOFT_DIRTY,
+    _PAGE_UFFD_WP,
     mk_pte,
     pte_dirty,
     pte_offset,
     pte_present,
     pte_soft_dirty,
+    pte_uffd_wp,
     pte_write,
 )
 from mm.rmap import page_add_anon_rmap, page_mapped, page_remove_rmap, rmap_walk
 from mm.swap import get_page, put_page
 from mm.swapops import (
     SWP_SOFT_DIRTY,
+    SWP_UFFD_WP,
     is_device_exclusive_entry,
     is_write_device_exclusive_entry,
     make_device_exclusive_entry,
     pte_swp_soft_dirty,
+    pte_swp_uffd_wp,
     swp_offset,
 )
 from mm.types import MemMap, MmStruct, Vma, maybe_mkwrite, page_anon
@@ -88,7 +92,8 @@ def _make_exclusive(vma: Vma, addrs: Addresses, pfns: Pfns) -> Mask:
     writable = mapped & pte_write(ptes)
     with mem.locks.atomic:
         mem.flags[pfns[mapped & pte_dirty(ptes)]] |= PG_dirty
-    entries = make_device_exclusive_entry(pfns, writable) | pte_soft_dirty(ptes) * SWP_SOFT_DIRTY
+    kept_bits = pte_soft_dirty(ptes) * SWP_SOFT_DIRTY | pte_uffd_wp(ptes) * SWP_UFFD_WP
+    entries = make_device_exclusive_entry(pfns, writable) | kept_bits
     mem.tables.entries[at[mapped]] = entries[mapped]
     page_remove_rmap(vma, pfns[mapped])
     return writable
@@ -178,5 +183,6 @@ def restore_exclusive_pte(vma: Vma, at: Indices, ptes: Ptes) -> None:
     entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
     entries |= is_write_device_exclusive_entry(ptes) * maybe_mkwrite(vma)
     entries |= mem.is_device_public_page(pfns) * _PAGE_DEVMAP
-    mem.tables.entries[at] = entries | pte_swp_soft_dirty(ptes) * _PAGE_SOFT_DIRTY
+    entries |= pte_swp_soft_dirty(ptes) * _PAGE_SOFT_DIRTY
+    mem.tables.entries[at] = entries | pte_swp_uffd_wp(ptes) * _PAGE_UFFD_WP
     page_add_anon_rmap(vma, pfns)

@@ -50,6 +50,14 @@ class TryAgain(MmError):
     code = errno.EAGAIN
 
 
+class PartlyCopied(TryAgain):
+    """EAGAIN: `copied` bytes are there, and what comes next could not be had."""
+
+    def __init__(self, copied: int, message: str) -> None:
+        super().__init__(message)
+        self.copied = copied
+
+
 class OutOfRange(MmError):
     """ERANGE: physical address space has no hole of that size."""
 
@@ -110,12 +118,6 @@ class NoEntry(MmError):
     code = errno.ENOENT
 
 
-class Exists(MmError):
-    """EEXIST: something else is there already."""
-
-    code = errno.EEXIST
-
-
 class Busy(MmError):
     """EBUSY: something still uses what should go away."""
 
@@ -130,6 +132,24 @@ class WouldBlock(MmError):
     """EAGAIN: the call would have to wait, and was told not to."""
 
     code = errno.EAGAIN
+
+
+class TimedOut(MmError):
+    """ETIMEDOUT: userland did not answer for a fault that it has to serve."""
+
+    code = errno.ETIMEDOUT
+
+
+class Exists(MmError):
+    """EEXIST: a page, or other memory, is there already."""
+
+    code = errno.EEXIST
+
+
+class NoSuchProcess(MmError):
+    """ESRCH: the process has exited."""
+
+    code = errno.ESRCH
 
 
 class Misplaced(MmError):
@@ -167,14 +187,13 @@ class SegmentationFault(MmError):
 
 
 class BusError(MmError):
-    """EFAULT: the mapping is there, its contents are not (SIGBUS); *poisoned*: lost for good."""
+    """EFAULT: the mapping is there, its contents are not (SIGBUS)."""
 
     code = errno.EFAULT
 
-    def __init__(self, address: int, message: str, *, poisoned: bool = True) -> None:
+    def __init__(self, address: int, message: str) -> None:
         super().__init__(message)
         self.address = address
-        self.poisoned = poisoned
 
 
 class HwPoison(MmError):

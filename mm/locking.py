@@ -117,16 +117,20 @@ class Locks:
         self._changed = threading.Condition(self.atomic)
         self.waiting = 0
 
-    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
-        """Sleep until *ready*(), which is asked again after each wake_up()."""
+    def wait_until(
+        self, ready: Callable[[], bool], what: str, timeout: float | None = None
+    ) -> bool:
+        """Sleep until *ready*(), which is asked again after each wake_up(); what it says at last.
+
+        timeout: in seconds, after which it is no longer waited for.
+        """
         if _scheduler is not None:
             _scheduler.wait(ready, what)
-            return
+            return True
         with self.atomic:
             self.waiting += 1
             try:
-                while not ready():
-                    self._changed.wait()
+                return self._changed.wait_for(ready, timeout)
             finally:
                 self.waiting -= 1
 

@@ -73,6 +73,7 @@ from mm.types import (
     vma_is_anonymous,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes, word
+from mm.userfaultfd_k import userfaultfd_remove
 from mm.vectors import has, joined, places, some
 from mm.vma import vma_modify_flags
 from mm.vmscan import reclaim_pages
@@ -127,6 +128,8 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: str) -> None:
         with mm.mmap_sem.write():
             _walk_vmas(mm, start, end, _madvise_flags(advice))
     elif advice in _READERS:
+        if mm.userfaultfds and advice in _REMOVERS:
+            userfaultfd_remove(mm, start, end)
         with mm.mmap_sem.read():
             _walk_vmas(mm, start, end, _READERS[advice])
     elif advice in ("hwpoison", "soft_offline"):
@@ -365,6 +368,7 @@ _READERS: Final[dict[str, Visit]] = {
     "pageout": _madvise_pageout,
     "willneed": _madvise_willneed,
 }
+_REMOVERS: Final = ("dontneed", "dontneed_locked", "free")  # that userland may want to hear of
 _INJECTED: Final = {error.code: error for error in (Busy, InputOutputError, OutOfMemory)}
 ADVICE: Final = (
     *_FLAGS,

@@ -40,6 +40,7 @@ from mm.types import (
     vma_set_page_prot,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
+from mm.userfaultfd_k import userfaultfd_exit, userfaultfd_unmap_prep
 from mm.vma import VmaMerge, insert_vma, remove_vma, split_vma, vma_merge
 from mm.zap import zap_pte_range
 
@@ -206,9 +207,9 @@ def vmas_in(mm: MmStruct, start: int, end: int) -> list[Vma]:
 def do_munmap(mm: MmStruct, start: int, length: int) -> None:
     """Unmap [*start*, *start* + *length*); parts that nothing maps are skipped.
 
-    The caller holds mmap_sem for write. Raises InvalidArgument, InvalidRange; OutOfMemory, with
-    nothing unmapped, where it would cut a hole into a VMA and there are too many.
-    Linux: do_munmap(), mm/mmap.c.
+    The caller holds mmap_sem for write, and calls userfaultfd_complete() when it has let go of it.
+    Raises InvalidArgument, InvalidRange; OutOfMemory, with nothing unmapped, where it would cut a
+    hole into a VMA and there are too many. Linux: do_munmap(), mm/mmap.c.
     """
     if start % PAGE_SIZE:
         raise InvalidArgument(f"munmap: addr {start:#x} is not a multiple of {PAGE_SIZE:#x}")
@@ -217,9 +218,12 @@ def do_munmap(mm: MmStruct, start: int, length: int) -> None:
     end = start + page_align(length)
     if start < 0 or end > TASK_SIZE_MAX:
         raise InvalidRange(f"munmap: [{start:#x}, {end:#x}) is not below {TASK_SIZE_MAX:#x}")
-    for vma in vmas_in(mm, start, end):
-        if vma.vm_start < start and end < vma.vm_end:
-            check_map_count(mm, "munmap")
+    vmas = vmas_in(mm, start, end)
+    if len(vmas) == 1 and vmas[0].vm_start < start and end < vmas[0].vm_end:
+        check_map_count(mm, "munmap")
+    if mm.userfaultfds:
+        userfaultfd_unmap_prep(vmas, start, end)
+    for vma in vmas:
         inner = split_vma(vma, start) if vma.vm_start < start else vma
         if inner.vm_end > end:
             split_vma(inner, end)
@@ -251,6 +255,7 @@ def exit_mmap(mm: MmStruct) -> None:
     Linux: exit_mmap(), mm/mmap.c.
     """
     mm.exited = True
+    userfaultfd_exit(mm)
     everything = mmu_notifier_range(mm, 0, ULONG_MAX, MmuNotifyEvent.UNMAP)
     call_each(
         (

@@ -57,6 +57,8 @@ from mm.types import (
 )
 from mm.typing import Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
+from mm.userfaultfd import UserfaultFd, open_userfaultfd
+from mm.userfaultfd_k import userfaultfd_complete
 from mm.vectors import integers
 
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
@@ -138,15 +140,20 @@ class Process(Task):
         with running(self):
             with mm.mmap_sem.write():
                 start = do_mmap(mm, addr, size, vm_flags, file, offset)
+            if mm.uffd_events:
+                userfaultfd_complete(mm)
             if words & {"populate", "locked"}:
                 mm_populate(mm, start, size)
         return start
 
     def munmap(self, addr: int, length: Size) -> None:
         """Unmap [*addr*, *addr* + *length*). Linux: munmap(2)."""
-        mm = self._alive()
-        with running(self), mm.mmap_sem.write():
-            do_munmap(mm, addr, memparse(length))
+        mm, size = self._alive(), memparse(length)
+        with running(self):
+            with mm.mmap_sem.write():
+                do_munmap(mm, addr, size)
+            if mm.uffd_events:
+                userfaultfd_complete(mm)
 
     def mprotect(self, addr: int, length: Size, prot: str) -> None:
         """Let [*addr*, *addr* + *length*) have the rights *prot*, as mmap() takes them.
@@ -225,6 +232,16 @@ class Process(Task):
         with running(self):
             dup_mmap(child.mm, oldmm)
         return child
+
+    def userfaultfd(self, features: str = "") -> UserfaultFd:
+        """A file by which faults of this process can be served; see mm/userfaultfd.py.
+
+        *features*, with bars between them: "sigbus" (faults end with BusError, and nobody is
+        asked), "event_fork", "event_remap", "event_remove", "event_unmap" (messages about those),
+        "thread_id", "wp_unpopulated" (what has no page can be write-protected), "wp_async" (stores
+        go through, and unprotect). Raises InvalidArgument. Linux: userfaultfd(2).
+        """
+        return open_userfaultfd(self._alive(), features)
 
     def move_to(self, group: MemCgroup | None) -> None:
         """Join the control group *group*, None for the root: it pays for new pages from now on.

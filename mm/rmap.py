@@ -28,10 +28,12 @@ from mm.pgtable import (
     _PAGE_DIRTY,
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
+    _PAGE_UFFD_WP,
     mk_pte,
     pte_dirty,
     pte_present,
     pte_soft_dirty,
+    pte_uffd_wp,
     pte_write,
     pte_young,
 )
@@ -40,6 +42,7 @@ from mm.swap_slots import swap_duplicate
 from mm.swapops import (
     SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
+    SWP_UFFD_WP,
     is_write_device_private_entry,
     is_write_migration_entry,
     make_device_private_entry,
@@ -48,6 +51,7 @@ from mm.swapops import (
     make_swap_entry,
     pte_swp_exclusive,
     pte_swp_soft_dirty,
+    pte_swp_uffd_wp,
 )
 from mm.types import (
     PAGE_MAPPING_ANON,
@@ -71,6 +75,7 @@ _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _CLEAN_READONLY: Final = word(~(_PAGE_DIRTY | _PAGE_RW))
 _SHIFT: Final = number(PAGE_SHIFT)
+_WATCHED: Final = word(SWP_SOFT_DIRTY | SWP_UFFD_WP)  # what an entry keeps for those who watch
 
 
 def page_move_anon_rmap(vma: Vma, pfns: Pfns) -> None:
@@ -254,9 +259,11 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
         dirty = pte_dirty(ptes)
         if some(dirty):
             set_page_dirty(mem, pfns[dirty])
-        writable, soft_dirty = pte_write(ptes), pte_soft_dirty(ptes)
+        writable, watched = pte_write(ptes), pte_soft_dirty(ptes) * SWP_SOFT_DIRTY
+        if vma.vm_mm.uffd_wp:
+            watched |= pte_uffd_wp(ptes) * SWP_UFFD_WP
     elif not some(present):
-        writable, soft_dirty = is_write_device_private_entry(ptes), pte_swp_soft_dirty(ptes)
+        writable, watched = is_write_device_private_entry(ptes), ptes & _WATCHED
     else:
         entries = np.empty_like(ptes)
         for kind in (present, ~present):
@@ -264,8 +271,7 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
         return entries
     exclusive = has(mem.flags[pfns], PG_anon_exclusive)
     page_remove_rmap(vma, pfns)
-    kept_bits = soft_dirty * SWP_SOFT_DIRTY | exclusive * SWP_EXCLUSIVE
-    return make_migration_entry(pfns, writable) | kept_bits
+    return make_migration_entry(pfns, writable) | watched | exclusive * SWP_EXCLUSIVE
 
 
 def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
@@ -371,6 +377,8 @@ def unmap_to_swap_entries(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
     slots = mem.private[pfns[slotted]]
     swap_duplicate(mem.swap, slots)
     kept_bits = pte_soft_dirty(ptes) * SWP_SOFT_DIRTY | exclusive * SWP_EXCLUSIVE
+    if mm.uffd_wp:
+        kept_bits |= pte_uffd_wp(ptes) * SWP_UFFD_WP
     entries[at[slotted]] = make_swap_entry(slots) | kept_bits[slotted]
     gone = pfns[slotted | spare]
     page_remove_rmap(vma, gone)
@@ -466,15 +474,16 @@ def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
     writable = is_write_migration_entry(waiting)
     if not vma.vm_flags & VM_WRITE:
         writable = np.zeros_like(writable)
-    soft_dirty = pte_swp_soft_dirty(waiting)
 
     device = mem.is_zone_device_page(pfns)
     if every(device) and every(mem.is_device_private_page(pfns)):
-        return make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+        return make_device_private_entry(pfns, writable) | waiting & _WATCHED
     entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
-    entries |= writable * _PAGE_RW | soft_dirty * _PAGE_SOFT_DIRTY
+    entries |= writable * _PAGE_RW | pte_swp_soft_dirty(waiting) * _PAGE_SOFT_DIRTY
+    if vma.vm_mm.uffd_wp:
+        entries |= (pte_swp_uffd_wp(waiting) & ~writable) * _PAGE_UFFD_WP
     if some(device):
-        theirs = make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+        theirs = make_device_private_entry(pfns, writable) | waiting & _WATCHED
         entries |= device * _PAGE_DEVMAP
         entries = np.where(mem.is_device_private_page(pfns), theirs, entries)
     return entries

@@ -206,9 +206,15 @@ class VmFault(IntFlag):
     HWPOISON = 0x0010
     SIGSEGV = 0x0040
     RETRY = 0x0400
+    UFFD_MISSING = 0x4000  # (not Linux) with RETRY: userland has to bring the page first
+    UFFD_WP = 0x8000  # (not Linux) with RETRY: userland has to allow the store first
 
 
-VM_FAULT_ERROR: Final = int(VmFault.OOM | VmFault.SIGBUS | VmFault.HWPOISON | VmFault.SIGSEGV)
+VM_FAULT_USERFAULT: Final = int(VmFault.UFFD_MISSING | VmFault.UFFD_WP)
+# Whoever cannot wait for userland takes its faults for errors.
+VM_FAULT_ERROR: Final = int(
+    VmFault.OOM | VmFault.SIGBUS | VmFault.HWPOISON | VmFault.SIGSEGV | VM_FAULT_USERFAULT
+)
 
 
 class DevPagemap(Protocol):
@@ -301,7 +307,9 @@ VM_MAYREAD: Final = 0x00000010
 VM_MAYWRITE: Final = 0x00000020
 VM_MAYEXEC: Final = 0x00000040
 VM_MAYSHARE: Final = 0x00000080
+VM_UFFD_MISSING: Final = 0x00000200
 VM_PFNMAP: Final = 0x00000400
+VM_UFFD_WP: Final = 0x00001000
 VM_LOCKED: Final = 0x00002000
 VM_IO: Final = 0x00004000
 VM_SEQ_READ: Final = 0x00008000
@@ -322,6 +330,7 @@ VM_MERGEABLE: Final = 0x80000000
 VM_SPECIAL: Final = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
 VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
 VM_LOCKED_MASK: Final = VM_LOCKED | VM_LOCKONFAULT
+VM_UFFD_FLAGS: Final = VM_UFFD_MISSING | VM_UFFD_WP
 
 
 def vm_get_page_prot(vm_flags: int) -> Word:
@@ -398,6 +407,7 @@ class Vma:
         "vm_pgoff",
         "vm_policy",
         "vm_start",
+        "vm_userfaultfd_ctx",
     )
 
     def __init__(self, mm: MmStruct, start: int, end: int, vm_flags: int, pgoff: int) -> None:
@@ -410,6 +420,7 @@ class Vma:
         self.vm_file: Any = None  # the File of mm/fs.py behind it
         self.vm_ops: VmOperations | None = None  # of that file
         self.vm_policy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the task's
+        self.vm_userfaultfd_ctx: Any = None  # the UserfaultfdCtx that faults go to, if any
         self.anon_vma: AnonVma | None = None  # where new anonymous pages of this VMA belong
         self.anon_vma_chain: list[AnonVma] = []  # every anon_vma that lists this VMA
 
@@ -457,6 +468,9 @@ class MmStruct:
         self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
         self.hmm: Any = None  # the Hmm of hmm/mirror.py
+        self.userfaultfds: list[Any] = []  # every open UserfaultfdCtx of mm/userfaultfd_k.py
+        self.uffd_events: list[Any] = []  # for userland to hear of when mmap_sem is let go of
+        self.uffd_wp = False  # some entry may have a bit for userfaultfd, or have had one
         self.memcg: Any = None  # the MemCgroup that pays for its pages; None is the root
         self.exited = False
         mem.mms.append(self)

@@ -19,7 +19,10 @@ OURS = {
             "check_swap"
         ),
         "debug_cache": "check_page_cache check_files",
-        "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
+        "debug_mm": (
+            "check_entries check_anon_vmas check_vmas check_notifiers check_userfaultfds "
+            "check_tables"
+        ),
         "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
     },

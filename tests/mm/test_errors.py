@@ -21,11 +21,14 @@ class TestErrno:
             (mm.PermissionDenied, errno.EPERM),
             (mm.AccessDenied, errno.EACCES),
             (mm.HwPoison, 133),
-            (mm.Exists, errno.EEXIST),
             (mm.Busy, errno.EBUSY),
             (mm.PageHeld, errno.EBUSY),
             (mm.InputOutputError, errno.EIO),
             (mm.Deadlock, errno.EDEADLK),
+            (mm.NoEntry, errno.ENOENT),
+            (mm.Exists, errno.EEXIST),
+            (mm.NoSuchProcess, errno.ESRCH),
+            (mm.TimedOut, errno.ETIMEDOUT),
         ],
     )
     def test_wrong_call(self, error, code):
