@@ -29,7 +29,7 @@ from mm.page_alloc import Nodes, alloc_pages_bulk
 from mm.sched import Task, current_task
 from mm.types import VM_IO, VM_PFNMAP, MemMap, Vma, linear_page_index
 from mm.typing import NO_PAGES, Addresses, Indices, Pfns
-from mm.vectors import distinct, joined, places
+from mm.vectors import distinct, joined, places, stretches
 
 MAX_NUMNODES: Final = 1 << 10  # numbers that a node may have, whether it is there or not
 
@@ -122,6 +122,21 @@ def mpol_rebind(
 def mpol_equal(a: Mempolicy | None, b: Mempolicy | None) -> bool:
     """True where *a* and *b* choose alike, so that VMAs may merge. Linux: mpol_equal()."""
     return a == b
+
+
+def mpol_to_str(policy: Mempolicy | None) -> str:
+    """*policy* as /proc shows it: "default", "prefer:0", "bind:0-2,5".
+
+    Linux: mpol_to_str(), mm/mempolicy.c.
+    """
+    if policy is None:
+        return "default"
+    name = "prefer" if policy.mode is Mpol.PREFERRED else policy.mode.name.lower()
+    if not policy.nodes:
+        return name
+    nodes = np.array(policy.nodes)
+    runs = [nodes[run].tolist() for run in stretches(nodes)]
+    return f"{name}:{','.join(f'{r[0]}-{r[-1]}' if len(r) > 1 else str(r[0]) for r in runs)}"
 
 
 def vma_migratable(vma: Vma) -> bool:

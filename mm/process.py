@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from mm.array import ProcessArray
 from mm.cpuset import Cpuset, cpuset_attach
@@ -44,6 +44,7 @@ from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
 from mm.mprotect import do_mprotect
 from mm.mremap import Mremap, do_mremap
 from mm.numa import kernel_move_pages
+from mm.numa_maps import NumaMaps, numa_maps
 from mm.sched import Task, running
 from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
@@ -66,6 +67,7 @@ from mm.typing import Errnos, Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
 from mm.userfaultfd import UserfaultFd, open_userfaultfd
 from mm.userfaultfd_k import userfaultfd_complete
+from mm.vectors import integers
 
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
 _MAP: Final = {
@@ -438,8 +440,8 @@ class Process(Task):
         self._alive()
         whose = of or self
         mm, word = whose._alive(), _flag_word("move_pages", flags, _MOVE)
-        where = _integers("move_pages: addrs", addrs)
-        to = None if nodes is None else _integers("move_pages: nodes", nodes)
+        where = integers("move_pages: addrs", addrs)
+        to = None if nodes is None else integers("move_pages: nodes", nodes)
         if to is not None and to.size != where.size:
             if to.size != 1:
                 raise InvalidArgument(
@@ -485,6 +487,10 @@ class Process(Task):
         """/proc/self/smaps: how much of each VMA is where."""
         return smaps(self._alive())
 
+    def numa_maps(self) -> list[NumaMaps]:
+        """/proc/self/numa_maps: on which nodes the pages of each VMA are; str() is a line of it."""
+        return numa_maps(self._alive(), self.mempolicy)
+
     def clear_refs(self, what: int) -> None:
         """Write *what* to /proc/self/clear_refs: 4 lets stores be seen by soft-dirty bits."""
         clear_refs(self._alive(), what)
@@ -499,14 +505,6 @@ class Process(Task):
             raise InvalidRange(
                 f"{call}: [{addr:#x}, {addr + nbytes:#x}) is not inside [0, {TASK_SIZE_MAX:#x})"
             )
-
-
-def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    """*values*, a number or many, as a vector."""
-    vector = np.asarray(values).reshape(-1)
-    if vector.size and vector.dtype.kind not in "iu":
-        raise InvalidArgument(f"{name} are whole numbers, got {vector[:4]}")
-    return vector.astype(np.int64)
 
 
 def _flag_word(call: str, flags: str, names: Mapping[str, int]) -> int:

@@ -330,16 +330,17 @@ def _unmap_from(
         put_page(mm.mem, gone)
 
 
-def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns) -> None:
+def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns, *, ignore_mlock: bool = False) -> None:
     """Replace every mapping of *pfns* (locked, isolated) by an entry for its slot in swap.
 
     A page that MADV_FREE gave up has no slot: its mapping goes, if it is still clean, or stays and
     the page is an anonymous one as others again. Where a mapping stays, as those of VM_LOCKED
-    memory do, the caller sees it in mapcount. A page of a file leaves nothing behind: whoever
-    wants it finds it by its offset. Linux: try_to_unmap(), TTU_BATCH_FLUSH, mm/rmap.c.
+    memory do unless *ignore_mlock*, the caller sees it in mapcount. A page of a file leaves nothing
+    behind: whoever wants it finds it by its offset.
+    Linux: try_to_unmap(), TTU_BATCH_FLUSH and TTU_IGNORE_MLOCK, mm/rmap.c.
     """
     for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
-        if not vma.vm_flags & VM_LOCKED:
+        if ignore_mlock or not vma.vm_flags & VM_LOCKED:
             anon = vma.vm_file is None or page_anon(mem, pfns[which[:1]]).item()
             _unmap_from(
                 vma, pfns[which], addrs, unmap_to_swap_entries if anon else _unmap_file_pages
@@ -388,6 +389,22 @@ def unmap_to_swap_entries(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
     mm.anon_rss -= gone.size
     mm.swapents += slots.size
     return gone
+
+
+def try_to_unmap_poisoned(mem: MemMap, pfns: Pfns) -> None:
+    """Let every mapping of *pfns* (locked, isolated) answer with SIGBUS: their bytes are lost.
+
+    Linux: try_to_unmap() of PageHWPoison pages, mm/rmap.c.
+    """
+
+    def poison(vma: Vma, at: Indices, found: Pfns) -> Pfns:
+        mem.tables.entries[at] = make_hwpoison_entry(found)
+        page_remove_rmap(vma, found)
+        vma.vm_mm.anon_rss -= found.size
+        return found
+
+    for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
+        _unmap_from(vma, pfns[which], addrs, poison)
 
 
 def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:

@@ -27,7 +27,7 @@ from mm.memcontrol import (
     mem_cgroup_swapin_commit,
 )
 from mm.mempolicy import alloc_pages_vma
-from mm.page_flags import PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
+from mm.page_flags import PG_hwpoison, PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
 from mm.page_io import swap_readpage
 from mm.pgtable import _PAGE_DIRTY, _PAGE_RW, _PAGE_SOFT_DIRTY, _PAGE_UFFD_WP, mk_pte
 from mm.rmap import do_page_add_anon_rmap
@@ -141,6 +141,12 @@ def swapin(
         read[absent] = pfns[absent] > 0
         if some(pfns):  # once those are mapped, they may go to swap again for the others
             faults[faults == VmFault.OOM] = VmFault.RETRY
+    if mem.num_poisoned_pages:
+        got = places(pfns)
+        lost = got[has(mem.flags[pfns[got]], PG_hwpoison)]
+        unlock_page(mem, pfns[lost])
+        put_page(mem, pfns[lost])
+        pfns[lost], faults[lost] = 0, VmFault.HWPOISON
     return SwappedIn(pfns, read, faults, busy)
 
 

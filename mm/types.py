@@ -115,8 +115,7 @@ class MemMap:
     ) -> None:
         for column in COLUMNS:
             setattr(self, column.name, np.zeros(limit_pfn, dtype=column.dtype))
-        self.max_pfn = max_pfn  # first PFN above system memory
-        self._first_device_pfn = number(max_pfn)
+        self.grow(max_pfn)
         self.limit_pfn = limit_pfn  # first PFN that no device can have either
         # What the CPU can address, uint8[limit_pfn, 4096]: system and device-public memory. The
         # rows of device-private pages are never touched.
@@ -137,6 +136,7 @@ class MemMap:
         self.cpu_to_node = [0] * cpus  # NUMA node of each CPU
         self.lru_clock = 0  # stamps given out
         self.swap = SwapInfo(0, self.locks, payload=False)  # the swap area
+        self.num_poisoned_pages = 0  # frames that are PG_hwpoison
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
         self.super_blocks: list[Any] = []  # every BlockFs of mm/blockfs.py that is mounted
@@ -154,6 +154,11 @@ class MemMap:
         # The MemCgroup of mm/mem_cgroup.py by the number in `memcg`; none until the first is made.
         self.memcgs: dict[int, Any] = {}
         self.memcg_reclaim: Callable[[Any, int], int] | None = None  # mm/vmscan.py fills it
+
+    def grow(self, max_pfn: int) -> None:
+        """System memory ends at *max_pfn* from now on; device memory begins above."""
+        self.max_pfn = max_pfn  # first PFN above system memory
+        self._first_device_pfn = number(max_pfn)
 
     def page_to_nid(self, pfns: Pfns) -> NDArray[np.int16]:
         """NUMA node of each page. Linux: page_to_nid(), include/linux/mm.h."""

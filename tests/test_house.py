@@ -42,7 +42,7 @@ OURS = {
         "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
-            "stretches set_bits keep_bits"
+            "stretches set_bits keep_bits integers"
         ),
     },
     "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
