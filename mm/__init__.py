@@ -7,6 +7,7 @@
 docs/where-is.md says in which file each kernel function has its counterpart.
 """
 
+from mm.cpuset import Cpuset
 from mm.errors import (
     AccessDenied,
     BusError,
@@ -47,6 +48,7 @@ __all__ = [
     "AccessDenied",
     "BusError",
     "Busy",
+    "Cpuset",
     "Deadlock",
     "DriverBug",
     "Exists",

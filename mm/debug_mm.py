@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mm.census import Census, Complaints, complain, used_entries
+from mm.mmu_notifier import EXTRAS
 from mm.page_cache import page_in_cache
 from mm.page_flags import PG_swapbacked
 from mm.pagewalk import walk_page_range
@@ -171,12 +172,19 @@ def check_userfaultfds(mem: MemMap, census: Census) -> Complaints:
 
 
 def check_notifiers(mem: MemMap, census: Census) -> Complaints:
-    """Nothing is being invalidated; interval notifiers ascend, with counts that differ from it."""
+    """Nothing is being invalidated; interval notifiers ascend, with counts that differ from it.
+
+    Listeners with EXTRAS, and no others, are asked for those.
+    """
     for mm in mem.mms:
         if mm.invalidating:
             yield f"invalidating: {mm.name} is between start and end of {mm.invalidating[0]}"
         elif mm.invalidate_seq & 1:
             yield f"invalidate_seq: {mm.name} says {mm.invalidate_seq}, and nothing is invalidated"
+        for name in EXTRAS:
+            having = [notifier for notifier in mm.notifiers if hasattr(notifier, name)]
+            if having != mm.notifier_extras.get(name, []):
+                yield f"notifier_extras: {mm.name} asks {mm.notifier_extras} for {name}"
         starts = [notifier.start for notifier in mm.interval_notifiers]
         if starts != sorted(starts):
             yield f"interval_notifiers: those of {mm.name} do not ascend"

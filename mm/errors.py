@@ -71,7 +71,7 @@ class Overflow(MmError):
 
 
 class PermissionDenied(MmError):
-    """EPERM: the mapping does not allow that access."""
+    """EPERM: the mapping does not allow that access, or the task may not ask for it."""
 
     code = errno.EPERM
 

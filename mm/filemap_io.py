@@ -20,7 +20,12 @@ from mm.fs import File, i_pages_end
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.mempolicy import alloc_pages_current
-from mm.page_cache import add_to_page_cache_lru, delete_from_page_cache, find_lock_pages
+from mm.page_cache import (
+    add_to_page_cache_lru,
+    charge_cache_pages,
+    delete_from_page_cache,
+    find_lock_pages,
+)
 from mm.page_flags import PG_uptodate
 from mm.sched import current_task
 from mm.swap import mark_page_accessed, put_page
@@ -43,6 +48,7 @@ def read_cache_pages(mapping: AddressSpace, indexes: Indices) -> tuple[Pfns, Fau
     absent = places(pfns < 0)
     if absent.size:
         frames = alloc_pages_current(mem, GFP_HIGHUSER_MOVABLE, absent.size)
+        frames = charge_cache_pages(mem, frames, current_task().mm)
         faults[absent] = VmFault.RETRY if frames.size else VmFault.OOM
         absent = absent[: frames.size]
         added = add_to_page_cache_lru(mapping, frames, indexes[absent])

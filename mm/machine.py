@@ -6,11 +6,12 @@ verify the lot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from numpy.typing import ArrayLike
 
+from mm.cred import prepare_cred
 from mm.debug import verify
 from mm.errors import InvalidArgument
 from mm.fs import File
@@ -90,11 +91,23 @@ class Machine:
         sizes = (format_size((n.end_pfn - n.start_pfn) * PAGE_SIZE) for n in self.mem.nodes)
         return f"<Machine {' + '.join(sizes)}, {len(self.mem.mms)} processes>"
 
-    def spawn(self, name: str = "task", cpu: int = 0, cgroup: MemCgroup | None = None) -> Process:
-        """A new process with an empty address space, running on *cpu*, in a control group."""
+    def spawn(
+        self,
+        name: str = "task",
+        cpu: int = 0,
+        cgroup: MemCgroup | None = None,
+        *,
+        uid: int = 0,
+        caps: Iterable[str] | None = None,
+    ) -> Process:
+        """A new process with an empty address space, running on *cpu*, in a control group.
+
+        uid: its user. caps: what it may do besides, words of mm.cred.CAPABILITIES; by default
+        everything if it is root's, nothing else.
+        """
         if not 0 <= cpu < len(self.mem.cpu_to_node):
             raise InvalidArgument(f"cpu {cpu}: this machine has {len(self.mem.cpu_to_node)}")
-        process = Process(self.mem, name, cpu)
+        process = Process(self.mem, name, cpu, prepare_cred(uid, caps=caps))
         try:
             if cgroup is not None:
                 process.move_to(cgroup)

@@ -27,10 +27,14 @@ from mm.fault_file import do_fault, wp_page_shared
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
-from mm.memcontrol import cancel_charge, commit_charge, mem_cgroup_precharge
-from mm.mempolicy import alloc_pages_vma
+from mm.mempolicy import alloc_charged_pages
 from mm.migrate import migration_entry_wait
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.mmu_notifier import (
+    MmuNotifyEvent,
+    mmu_notifier_change_pte,
+    mmu_notifier_invalidate_range,
+    mmu_notifier_range,
+)
 from mm.page_flags import PG_anon_exclusive, PG_uptodate
 from mm.pgtable import (
     _PAGE_ACCESSED,
@@ -87,7 +91,7 @@ from mm.types import (
     maybe_mkwrite,
     page_anon,
 )
-from mm.typing import NO_PAGES, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, pages, word
+from mm.typing import PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, pages, word
 from mm.userfaultfd_k import (
     handle_userfault,
     userfaultfd_missing,
@@ -279,25 +283,6 @@ def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
     return pfns, faults
 
 
-def alloc_charged_pages(vma: Vma, addrs: Addresses, gfp: int) -> Pfns:
-    """As alloc_pages_vma(), with the group of the process paying, and no more pages than it can.
-
-    Linux: folio_prealloc(), mm/memory.c, v6.8.
-    """
-    mm, mem = vma.vm_mm, vma.vm_mm.mem
-    if mm.memcg is None:
-        return alloc_pages_vma(vma, addrs, gfp)
-    memcg, room = mem_cgroup_precharge(mm, addrs.size, gfp)
-    pfns = NO_PAGES
-    try:
-        if room:
-            pfns = alloc_pages_vma(vma, addrs[:room], gfp)
-    finally:
-        commit_charge(mem, pfns, memcg)
-        cancel_charge(memcg, room - pfns.size)
-    return pfns
-
-
 def _map_new_pages(vma: Vma, addrs: Addresses, at: Indices, pfns: Pfns, entries: Ptes) -> None:
     """Put *entries* for fresh anonymous *pfns* in place, under the page-table lock."""
     mem = vma.vm_mm.mem
@@ -389,11 +374,13 @@ def wp_page_copy(
     for near in stretches(addrs, PAGE_SIZE):
         start, end = addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE
         with (
-            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
+            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR, only_end=True),
             mm.page_table_lock,
         ):
             same = mem.tables.entries[at[near]] == ptes[near]
             used = new[near][same]
+            if mm.notifier_extras:
+                replace_ptes_notify(mm, addrs[near][same], at[near][same], entries[near][same])
             _map_new_pages(vma, addrs[near][same], at[near][same], used, entries[near][same])
             replaced = old[near][same & ~zero[near]]
             mm.anon_rss += used.size
@@ -404,6 +391,18 @@ def wp_page_copy(
         lru_cache_add_active(mem, used, cpu)
     mem.vmstat.add("cow_faults", new.size)
     return faults
+
+
+def replace_ptes_notify(mm: MmStruct, addrs: Addresses, at: Indices, ptes: Ptes) -> None:
+    """Empty the entries at *addrs*, which are about to become *ptes*, and tell who listens to that.
+
+    Called with the page-table lock held. Linux: ptep_clear_flush_notify() and the first half of
+    set_pte_at_notify(), include/linux/mmu_notifier.h.
+    """
+    mm.mem.tables.entries[at] = 0
+    for near in stretches(addrs, PAGE_SIZE):
+        mmu_notifier_invalidate_range(mm, addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE)
+    mmu_notifier_change_pte(mm, addrs, ptes)
 
 
 def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:

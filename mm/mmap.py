@@ -6,6 +6,7 @@ from bisect import bisect_right
 from functools import partial
 from typing import Final
 
+from mm.cred import can_do_mlock, mlock_future_check
 from mm.errors import (
     AccessDenied,
     BadFile,
@@ -31,6 +32,7 @@ from mm.types import (
     VM_ACCOUNT,
     VM_LOCKED,
     VM_MAYWRITE,
+    VM_NORESERVE,
     VM_SHARED,
     VM_SOFTDIRTY,
     VM_WRITE,
@@ -81,7 +83,8 @@ def do_mmap(
     to the highest gap below MMAP_BASE. Stores to a VM_SHARED mapping are seen by all who share
     it, those to another by the process alone. The caller holds mmap_sem for write, and populates
     the area where that is wanted. Raises InvalidArgument, InvalidRange, OutOfMemory; AccessDenied
-    where *file* is not open for that. Linux: do_mmap() and mmap_region(), mm/mmap.c.
+    where *file* is not open for that; PermissionDenied or TryAgain where it is VM_LOCKED and the
+    task may not lock so much. Linux: do_mmap() and mmap_region(), mm/mmap.c.
     """
     if length <= 0:
         raise InvalidArgument(f"mmap: length must be positive, got {length}")
@@ -94,9 +97,14 @@ def do_mmap(
         addr = get_unmapped_area(mm, length)
     else:
         check_fixed("mmap", addr, length)
+    if vm_flags & VM_LOCKED:
+        can_do_mlock("mmap")
+        mlock_future_check(mm, length >> PAGE_SHIFT, "mmap")
     if accountable_mapping(vm_flags):
         vm_enough_memory(mm.mem, length >> PAGE_SHIFT, "mmap")
         vm_flags |= VM_ACCOUNT
+    elif file is None and vm_flags & (VM_SHARED | VM_NORESERVE) == VM_SHARED:  # shmem_acct_size()
+        vm_enough_memory(mm.mem, length >> PAGE_SHIFT, "mmap")
     if fixed:
         do_munmap(mm, addr, length)
     end, pgoff = addr + length, addr >> PAGE_SHIFT

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from mm.anon_vma import anon_vma_clone, unlink_anon_vmas
+from mm.cred import mlock_future_check
 from mm.errors import InvalidArgument, OutOfMemory, SegmentationFault
 from mm.gup import mm_populate
 from mm.mmap import (
@@ -84,7 +85,8 @@ def do_mremap(
     *new_addr*: with FIXED, where it goes; with DONTUNMAP alone, where it should go if that is
     free. Takes mmap_sem for write; faults in what is new of VM_LOCKED memory.
     Raises InvalidArgument, InvalidRange; SegmentationFault where *addr* is not mapped, or by more
-    than one VMA; OutOfMemory where it cannot grow and may not move.
+    than one VMA; OutOfMemory where it cannot grow and may not move; TryAgain where VM_LOCKED
+    memory would grow past what the task may lock.
     Linux: mremap() and do_mremap(), mm/mremap.c.
     """
     _check_arguments(addr, old_len, new_len, flags)
@@ -176,6 +178,8 @@ def _vma_to_resize(mm: MmStruct, addr: int, old_len: int, new_len: int, flags: M
         )
     if new_len > old_len and vma.vm_flags & (VM_DONTEXPAND | VM_PFNMAP):
         raise SegmentationFault(addr, f"mremap: {vma!r} cannot grow")
+    if vma.vm_flags & VM_LOCKED and new_len > old_len:
+        mlock_future_check(mm, (new_len - old_len) >> PAGE_SHIFT, "mremap")
     if vma.vm_flags & VM_ACCOUNT:
         vm_enough_memory(mm.mem, (new_len - old_len) >> PAGE_SHIFT, "mremap")
     return vma

@@ -18,7 +18,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from mm.errors import KernelBug
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.mmu_notifier import (
+    MmuNotifyEvent,
+    mmu_notifier_clear_flush_young,
+    mmu_notifier_range,
+)
 from mm.page_cache import set_page_dirty
 from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_swapbacked, PG_swapcache
 from mm.page_vma_mapped import page_vma_mapped_walk
@@ -406,7 +410,8 @@ def try_to_unmap_poisoned(mem: MemMap, pfns: Pfns) -> None:
 def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
     """Has any mapping of each of *pfns* (locked) been used since this was last asked?
 
-    What a VM_LOCKED mapping needs counts as used. Linux: page_referenced(), mm/rmap.c.
+    What a VM_LOCKED mapping needs counts as used; devices that keep count of what they use are
+    asked too. Linux: page_referenced(), mm/rmap.c.
     """
     referenced = np.zeros(pfns.size, dtype=np.bool_)
     for vma, which, addrs in rmap_walk(mem, pfns):
@@ -414,6 +419,8 @@ def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
         with vma.vm_mm.page_table_lock:
             at, mapped = page_vma_mapped_walk(vma, pfns[which], addrs)
             used = mapped & (pte_young(entries[at]) | bool(vma.vm_flags & VM_LOCKED))
+            if vma.vm_mm.notifier_extras:
+                used[mapped] |= mmu_notifier_clear_flush_young(vma.vm_mm, addrs[mapped])
             entries[at[mapped]] &= _NOT_ACCESSED
         referenced[which[used]] = True
     return referenced

@@ -143,6 +143,7 @@ class MemMap:
         self.next_mapping = 1
         self.files: list[Any] = []  # every File of mm/fs.py that is open
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
+        self.cpusets_enabled = False  # some task may not use every node
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices
         # The MemCgroup of mm/mem_cgroup.py by the number in `memcg`; none until the first is made.
@@ -464,6 +465,7 @@ class MmStruct:
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
         self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py
+        self.notifier_extras: dict[str, list[Any]] = {}  # those of them that have each of EXTRAS
         self.interval_notifiers: list[Any] = []  # its MmuIntervalNotifier, by start
         self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end

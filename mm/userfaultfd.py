@@ -39,8 +39,9 @@ from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import memcpy_to_pages
 from mm.locking import current
 from mm.memcontrol import mem_cgroup_oom_synchronize
-from mm.memory import alloc_charged_pages, pte_offset_alloc
+from mm.memory import pte_offset_alloc
 from mm.memparse import Size, memparse
+from mm.mempolicy import alloc_charged_pages
 from mm.mmap import MMAP_MIN_ADDR, TASK_SIZE_MAX, find_vma, vmas_in
 from mm.mprotect import MM_CP_UFFD_WP, MM_CP_UFFD_WP_RESOLVE, change_protection
 from mm.page_flags import PG_uptodate

@@ -44,7 +44,11 @@ OURS = {
         ),
     },
     "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
-    "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
+    "text for people": {
+        "memparse": "format_size",
+        "mempolicy": "show_nodes",
+        "page_flags": "describe_flags",
+    },
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler"},
     "shared by the faults and migrate_vma_insert_page()": {"memory": "anon_entries"},

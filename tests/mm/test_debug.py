@@ -607,6 +607,14 @@ class TestNotifiers:
 
         assert {"interval_notifiers"} == set(found)
 
+    def test_extras_of_listeners(self, world):
+        """Who listens, and to what besides, is noted at registration."""
+        world.process.mm.notifier_extras["change_pte"] = [world]
+        found = named(world.machine)
+        world.process.mm.notifier_extras.clear()
+
+        assert {"notifier_extras"} == set(found)
+
     def test_notifier_of_somebody_else(self, world, watch):
         """A notifier is in the list of the address space that it watches."""
         watch.mm = None
