@@ -9,6 +9,7 @@ from devices.logged import Logged, replay
 from devices.moved import Moved, Stats
 from devices.numpy_device import NumpyDevice
 from devices.ops import DeviceError
+from devices.peers import migrate_between
 from devices.registry import open_device as open
 from devices.wrappers import Counting, Limited, Wrapper
 
@@ -25,6 +26,7 @@ __all__ = [
     "NumpyDevice",
     "Stats",
     "Wrapper",
+    "migrate_between",
     "open",
     "replay",
 ]

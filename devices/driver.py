@@ -43,7 +43,7 @@ from mm.pgtable import (
 )
 from mm.process import Process
 from mm.trace import TracePoint
-from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
+from mm.types import VM_FAULT_ERROR, VM_FAULT_USERFAULT, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
 from mm.uaccess import access_error, page_range, served_in_vain
 from mm.vectors import every, has, pieces, places, some, stretches
@@ -65,10 +65,10 @@ class Driver(DeviceMemory):
         def copy_in(self, pages, system, rows):    # row rows[i] of system memory to pages[i]
         def copy_out(self, pages, system, rows):   # and back; None, or True where it is lost
 
-    `system` is the machine's memory, uint8[frames, 4096]. Whoever calls has locked both sides, so
-    nobody else reads or writes them. A copy that fails raises `DeviceError`: what was under way is
-    put back, as copies leave their source alone. What is gone for good copy_out() reports, and
-    whoever touches that memory gets a BusError.
+    `system` is the machine's memory, uint8[frames, 4096], or a buffer like it. Whoever calls has
+    locked both sides, so nobody else reads or writes them. A copy that fails raises `DeviceError`:
+    what was under way is put back, as copies leave their source alone. What is gone for good
+    copy_out() reports, and whoever touches that memory gets a BusError.
 
     A driver may have more, and is used without what it lacks:
 
@@ -297,6 +297,8 @@ class Driver(DeviceMemory):
             addr = addrs.item(bad[0])
             if faults[bad[0]] & VmFault.OOM:
                 raise OutOfMemory(f"{self.name}: no frame for the page at {addr:#x}")
+            if faults[bad[0]] & VM_FAULT_USERFAULT:
+                raise BusError(addr, f"{self.name}: no device waits for userland at {addr:#x}")
             raise BusError(addr, f"{self.name}: the contents of the page at {addr:#x} are lost")
 
     def _check_progress(self, mm: MmStruct, rounds: int, addrs: Addresses) -> None:

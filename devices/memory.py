@@ -30,13 +30,19 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_pfn,
 )
 from hmm.migration import MigrateVmaSelect
+from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.machine import Machine
 from mm.memparse import Size, memparse
 from mm.mempolicy import alloc_pages_vma
-from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
+from mm.memremap import (
+    FREE_REFCOUNT,
+    devm_memremap_pages,
+    devm_memunmap_pages,
+    pages_in_use,
+)
 from mm.mmap import find_vma, vmas_in
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
@@ -76,7 +82,7 @@ class Direction(Enum):
 
 
 KINDS: Final = {"private": MemoryType.DEVICE_PRIVATE, "public": MemoryType.DEVICE_PUBLIC}
-_SELECT_OWN: Final = {
+SELECT_OWN: Final = {
     MemoryType.DEVICE_PRIVATE: int(MigrateVmaSelect.DEVICE_PRIVATE),
     MemoryType.DEVICE_PUBLIC: int(MigrateVmaSelect.DEVICE_COHERENT),
 }
@@ -171,7 +177,7 @@ class DeviceMemory(ABC):
         moved = Moved()
         mm = process.mm
         with running(process), mm.mmap_sem.read():
-            spans = _vma_spans(mm, addr, memparse(nbytes))
+            spans = vma_spans(mm, addr, memparse(nbytes))
             self._make_room_for(mm, spans)
             for vma, start, end in spans:
                 self._migrate(vma, start, end, Direction.TO_DEVICE, moved)
@@ -210,7 +216,7 @@ class DeviceMemory(ABC):
         moved = Moved()
         mm = process.mm
         with running(process), mm.mmap_sem.read():
-            for vma, start, end in _vma_spans(mm, addr, memparse(nbytes)):
+            for vma, start, end in vma_spans(mm, addr, memparse(nbytes)):
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
         return moved
 
@@ -245,13 +251,16 @@ class DeviceMemory(ABC):
     def close(self) -> None:
         """Evict everything and take the device away; a second call does nothing.
 
-        Raises Busy, and the device stays, where a page cannot leave, or is just coming.
+        What devices have for themselves of its memory, they give back first. Raises Busy, and the
+        device stays, where a page cannot leave, or is just coming.
         """
         if self.closed:
             return
         with self.mem.locks.atomic:
             self.closed = True  # from now on nothing comes here
         try:
+            if self.type is MemoryType.DEVICE_PUBLIC:
+                restore_exclusive_pages(self.mem, pages_in_use(self.mem, self.zone))
             self.evict(np.arange(self.npages))
             devm_memunmap_pages(self.mem, self.zone)
         except BaseException:
@@ -332,15 +341,7 @@ class DeviceMemory(ABC):
         return table
 
     def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> None:
-        entries = places(is_migrating(src))
-        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
-            self._check_open()
-            self.table_of(mm)
-            pages = self.ops.allocate(entries.size)
-            self._check_allocated(pages, entries.size)
-            self.chunks.take(pages)
-            entries = entries[: pages.size]
-            self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        entries, pages = self.take(mm, dst, places(is_migrating(src)))
         if self.mem.payload is None or not pages.size:
             return
         full = is_valid(src[entries])
@@ -360,6 +361,21 @@ class DeviceMemory(ABC):
         else:
             assert self.mem.payload is not None
             self.ops.copy_in(pages, self.mem.payload, np.full(pages.size, self.mem.zero_pfn))
+
+    def take(self, mm: MmStruct, dst: MigratePfns, entries: Indices) -> tuple[Indices, Indices]:
+        """Name free pages in *dst* for *entries*, or for the first of them, of a range of *mm*.
+
+        Which entries got one, and the pages, as numbers from 0.
+        """
+        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
+            self._check_open()
+            self.table_of(mm)
+            pages = self.ops.allocate(entries.size)
+            self._check_allocated(pages, entries.size)
+            self.chunks.take(pages)
+            entries = entries[: pages.size]
+            self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        return entries, pages
 
     def _check_allocated(self, pages: Indices, wanted: int) -> None:
         """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
@@ -384,7 +400,7 @@ class DeviceMemory(ABC):
         lost = self.ops.copy_out(pages, self.mem.payload, pfns)
         self.stats.bytes_to_system += entries.size * PAGE_SIZE
         if lost is not None and some(lost):
-            self._give_up(dst, entries[lost], pfns[lost])
+            self.give_up(dst, entries[lost])
 
     def _hand_over(
         self, dst: MigratePfns, entries: Indices, pfns: Pfns, *, referenced: bool = False
@@ -395,8 +411,9 @@ class DeviceMemory(ABC):
         lock_new_page(self.mem, pfns)
         dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
 
-    def _give_up(self, dst: MigratePfns, entries: Indices, pfns: Pfns) -> None:
+    def give_up(self, dst: MigratePfns, entries: Indices) -> None:
         """The contents of *entries* are lost: say so, and free their destinations."""
+        pfns = migrate_pfn_to_pfn(dst[entries])
         unlock_page(self.mem, pfns)
         put_page(self.mem, pfns)
         dst[entries] = MIGRATE_PFN_ERROR
@@ -412,7 +429,7 @@ class DeviceMemory(ABC):
     ) -> None:
         """migrate_vma() over [*start*, *end*), in pieces that suit the cache."""
         to_device = direction is Direction.TO_DEVICE
-        select = _SELECT_SYSTEM if to_device else _SELECT_OWN[self.type]
+        select = _SELECT_SYSTEM if to_device else SELECT_OWN[self.type]
         step = TRANSFER_PAGES << PAGE_SHIFT
         for piece in range(start, end, step):
             stop = min(piece + step, end)
@@ -461,7 +478,7 @@ def _mask(addrs: Addresses, start: int, end: int) -> Mask | None:
     return mask
 
 
-def _vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
+def vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
     """[*addr*, *addr* + *nbytes*), rounded to whole pages, cut at VMA borders."""
     start, end = addr & ~(PAGE_SIZE - 1), (addr + nbytes + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
     if nbytes <= 0:

@@ -39,7 +39,10 @@ class DeviceOps(Protocol):
         """*pages* are not used any more. It does not wait either."""
 
     def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
-        """Copy row rows[i] of *system* memory, uint8[n, 4096], to device page pages[i]."""
+        """Copy row rows[i] of *system*, uint8[n, 4096], to device page pages[i].
+
+        *system* is the machine's memory, or a buffer on the way to another device.
+        """
 
     def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | None:
         """Copy device page pages[i] to row rows[i] of *system*.

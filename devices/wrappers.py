@@ -28,7 +28,7 @@ class Wrapper:
     """
 
     def __init__(self, device: Driver | Wrapper) -> None:
-        self.device: Driver = device.device if isinstance(device, Wrapper) else device
+        self.device = unwrapped(device)
         self.inner = self.device.ops
         for name in OPTIONAL:
             if getattr(self.inner, name) is None:
@@ -89,6 +89,11 @@ class Wrapper:
     def power_off(self) -> None:
         """The device goes."""
         self.call("power_off")
+
+
+def unwrapped(device: Driver | Wrapper) -> Driver:
+    """The device below all wrappers."""
+    return device.device if isinstance(device, Wrapper) else device
 
 
 def pages_of(op: str, args: tuple[Any, ...]) -> int:

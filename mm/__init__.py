@@ -7,26 +7,36 @@
 docs/where-is.md says in which file each kernel function has its counterpart.
 """
 
+from mm.cpuset import Cpuset
 from mm.errors import (
     AccessDenied,
     BusError,
     Busy,
+    Corrupted,
     Deadlock,
     DriverBug,
+    Exists,
+    FileTooLarge,
     HwPoison,
     InputOutputError,
     InvalidArgument,
     InvalidRange,
     KernelBug,
     Misplaced,
+    NoEntry,
+    NoSpace,
     NoSuchNode,
+    NoSuchProcess,
+    NotExecutable,
     NotMapped,
     OutOfMemory,
     OutOfRange,
     Overflow,
     PageHeld,
+    PartlyCopied,
     PermissionDenied,
     SegmentationFault,
+    TimedOut,
     TryAgain,
     WouldBlock,
 )
@@ -34,14 +44,19 @@ from mm.machine import Machine
 from mm.mem_cgroup import MemCgroup
 from mm.process import Process
 from mm.typing import PAGE_SIZE
+from mm.userfaultfd import UserfaultFd
+from mm.userfaultfd_k import UffdEvent, UffdMsg
 
 __all__ = [
-    "PAGE_SIZE",
     "AccessDenied",
     "BusError",
     "Busy",
+    "Corrupted",
+    "Cpuset",
     "Deadlock",
     "DriverBug",
+    "Exists",
+    "FileTooLarge",
     "HwPoison",
     "InputOutputError",
     "InvalidArgument",
@@ -50,15 +65,25 @@ __all__ = [
     "Machine",
     "MemCgroup",
     "Misplaced",
+    "NoEntry",
+    "NoSpace",
     "NoSuchNode",
+    "NoSuchProcess",
+    "NotExecutable",
     "NotMapped",
     "OutOfMemory",
     "OutOfRange",
     "Overflow",
+    "PAGE_SIZE",
     "PageHeld",
+    "PartlyCopied",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "TimedOut",
     "TryAgain",
+    "UffdEvent",
+    "UffdMsg",
+    "UserfaultFd",
     "WouldBlock",
 ]

@@ -19,10 +19,12 @@ import numpy as np
 from mm.errors import KernelBug
 from mm.filemap import lock_new_page, lock_page, unlock_page
 from mm.fs import PAGECACHE_TAG_DIRTY
+from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.memcontrol import mem_cgroup_try_charge
 from mm.page_flags import PG_dirty, PG_swapbacked
 from mm.sched import current_task
 from mm.swap import get_page, lru_cache_add, put_page
-from mm.types import PAGE_MAPPING_ANON, AddressSpace, MemMap
+from mm.types import PAGE_MAPPING_ANON, AddressSpace, MemMap, MmStruct
 from mm.typing import Indices, Mask, Pfns, number, word
 from mm.vectors import distinct, every, has, places, rows, some
 from mm.workingset import workingset_refault
@@ -104,6 +106,21 @@ def pages_at(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:
 # Enter and leave --------------------------------------------------------------------------------
 
 
+def charge_cache_pages(
+    mem: MemMap, frames: Pfns, mm: MmStruct | None, gfp: int = GFP_HIGHUSER_MOVABLE
+) -> Pfns:
+    """Those of fresh *frames*, for a cache, that the group of *mm* has room for; the first ones.
+
+    The others are freed. Linux: mem_cgroup_try_charge() in __add_to_page_cache_locked() and
+    shmem_getpage_gfp(), mm/filemap.c, mm/shmem.c.
+    """
+    if mm is None or mm.memcg is None:
+        return frames
+    may = mem_cgroup_try_charge(mm, frames, gfp)
+    put_page(mem, frames[~may], current_task().cpu)
+    return frames[may]
+
+
 def page_cache_store(
     mapping: AddressSpace, pfns: Pfns, indexes: Indices, expected: Entries | int
 ) -> Mask:
@@ -157,8 +174,10 @@ def delete_from_page_cache(mem: MemMap, pfns: Pfns, shadows: Indices | None = No
     In the place of each comes one of *shadows*, where they are given. What was dirty is lost.
     Linux: delete_from_page_cache(), mm/filemap.c.
     """
+    owners = mem.mapping[pfns]
     for mapping, mine in by_mapping(mem, pfns):
-        entries = None if shadows is None else xa_mk_value(shadows[mem.mapping[pfns] != 0])
+        here = owners == mapping.number << 2
+        entries = None if shadows is None else xa_mk_value(shadows[here])
         page_cache_delete(mapping, mine, entries)
         put_page(mem, mine)
 
@@ -236,7 +255,9 @@ def set_page_dirty_nobuffers(mapping: AddressSpace, pfns: Pfns) -> None:
         tagged = mapping.i_pages.get_mark(indexes, PAGECACHE_TAG_DIRTY)
         mem.flags[pfns] |= PG_dirty
         mapping.i_pages.set_mark(indexes[~tagged], PAGECACHE_TAG_DIRTY)
-        mem.vmstat.add("nr_dirty", tagged.size - int(np.count_nonzero(tagged)))
+        fresh = tagged.size - int(np.count_nonzero(tagged))
+    mem.vmstat.add("nr_dirty", fresh)
+    mem.vmstat.add("nr_dirtied", fresh)
 
 
 def cancel_dirty_page(mapping: AddressSpace, pfns: Pfns) -> None:

@@ -6,9 +6,11 @@ import numpy as np
 
 from devices.conformance.access import device_access
 from devices.conformance.rule import Opener, rule
-from devices.conformance.scene import Scene, expect
-from devices.conformance.tables import rights, stale_clear, stale_fork, stale_own
+from devices.conformance.scene import Scene, expect, expect_in_step
+from devices.conformance.tables import rights, stale_clear, stale_fork, stale_migrate, stale_own
 from devices.conformance.transfers import contents, cpu_access
+from devices.peers import migrate_between
+from devices.wrappers import unwrapped
 from mm.errors import KernelBug, MmError
 from mm.typing import PAGE_SIZE
 
@@ -110,6 +112,19 @@ def two_devices(opener: Opener) -> str:
     here.expect_cpu("the first device's pages")
     there.expect_cpu("the second device's pages")
     return "10 pages each"
+
+
+@rule(two_devices, stale_migrate)
+def between(opener: Opener) -> str:
+    """Pages move from one device to another with their contents, by way of a buffer."""
+    scene = Scene(opener, "64KiB")
+    area, other = scene.area_on_device(12), opener(scene.machine, "64KiB")
+    one, two = unwrapped(scene.gpu), unwrapped(other)
+    moved = migrate_between(one, two, area.process, area.at(1), 10 * PAGE_SIZE)
+    expect(moved.migrated == 10, f"{moved.migrated} of 10 pages moved; {dict(moved.stayed)}")
+    expect_in_step(scene.gpu, "pages that another device took")
+    area.expect_cpu("after 10 of 12 pages moved to another device")
+    return "10 of 12 pages"
 
 
 @rule(cpu_access)

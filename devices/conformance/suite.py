@@ -56,6 +56,7 @@ RULES: Final = (
     life.exit,
     life.removal,
     life.two_devices,
+    life.between,
     life.no_contents,
     life.leaks,
 )

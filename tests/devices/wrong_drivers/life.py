@@ -137,6 +137,15 @@ class SharesItsMemory(NumpyDevice):
             self.memory = self.shared[: self.npages]
 
 
+class KnowsOneMemory(NumpyDevice):
+    """Takes every row for one of the machine's memory, also those of a buffer."""
+
+    breaks, evidence = "between", "moved to another device: page 1, byte"
+
+    def copy_in(self, pages, system, rows):
+        super().copy_in(pages, self.mem.payload, rows)
+
+
 class NeedsContents(NumpyDevice):
     """Wipes pages that it gives, which not every machine has."""
 

@@ -118,7 +118,7 @@ class HandsOverJunk(NumpyDevice):
 
     breaks, evidence = "lost-pages", "page 2 is lost, and a CPU reads"
 
-    def _give_up(self, dst, entries, pfns):
+    def give_up(self, dst, entries):
         """Nothing."""
 
 
