@@ -4,9 +4,29 @@ gpu = devices.open("numpy", machine, memory="64MiB")
 """
 
 from devices.driver import Driver
-from devices.memory import Moved, Stats
+from devices.faulty import DeviceLost, Fault, Faulty
+from devices.logged import Logged, replay
+from devices.moved import Moved, Stats
 from devices.numpy_device import NumpyDevice
+from devices.ops import DeviceError
 from devices.peers import migrate_between
 from devices.registry import open_device as open
+from devices.wrappers import Counting, Limited, Wrapper
 
-__all__ = ["Driver", "Moved", "NumpyDevice", "Stats", "migrate_between", "open"]
+__all__ = [
+    "Counting",
+    "DeviceError",
+    "DeviceLost",
+    "Driver",
+    "Fault",
+    "Faulty",
+    "Limited",
+    "Logged",
+    "Moved",
+    "NumpyDevice",
+    "Stats",
+    "Wrapper",
+    "migrate_between",
+    "open",
+    "replay",
+]

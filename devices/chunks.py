@@ -59,7 +59,10 @@ class Chunks:
 
 
 def chunk_pages(name: str, chunk: Size | None, npages: int) -> int:
-    """Pages per chunk: as asked, or about a sixteenth of the device within the limits."""
+    """Pages per chunk: as asked, or about a sixteenth of the device within the limits.
+
+    Raises InvalidArgument, in the name of the device, for a size that no chunk can have.
+    """
     if chunk is None:
         size = MIN_CHUNK
         while size < MAX_CHUNK and size * 16 < npages * PAGE_SIZE:

@@ -1,9 +1,9 @@
 """The base class of all drivers: what a device does with memory that processes lend it.
 
-Derive from `Driver` and write allocate, free, copy_in and copy_out (devices/memory.py declares
-them); `memory` lets the device compute on its pages. Everything else is here: the device's page
-table, faults from the device, eviction, and bringing pages back when a CPU touches them.
-devices/numpy_device.py is the shortest example.
+Derive from `Driver` and write allocate, free, copy_in and copy_out; its docstring is the tutorial,
+docs/writing-a-driver.md builds a driver step by step, and `hmm check` says whether it is right.
+Everything else is here: the device's page table, faults from the device, eviction, and bringing
+pages back when a CPU touches them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.memory import DeviceMemory, Direction, Moved
+from devices.memory import DeviceMemory, Direction
+from devices.moved import Moved
 from hmm.device_pgtable import DevicePageTable
 from mm.array import ProcessArray
 from mm.errors import (
@@ -54,7 +55,32 @@ MAX_ROUNDS: Final = 1000  # of faults that leave a page out of reach, before we 
 
 
 class Driver(DeviceMemory):
-    """A device that computes on memory of processes.
+    """A device that computes on memory of processes: derive from it to write a driver.
+
+    A driver has its memory, and moves contents. Pages of it are numbers from 0 to npages - 1, and
+    come as vectors (int64[n], n > 0). Four methods must be there:
+
+        def allocate(self, npages):            # free pages; fewer, or none, when it is full
+        def free(self, pages):                 # they are not used any more
+        def copy_in(self, pages, system, rows):    # row rows[i] of system memory to pages[i]
+        def copy_out(self, pages, system, rows):   # and back; None, or True where it is lost
+
+    `system` is the machine's memory, uint8[frames, 4096]. Whoever calls has locked both sides, so
+    nobody else reads or writes them. A copy that fails raises `DeviceError`: what was under way is
+    put back, as copies leave their source alone. What is gone for good copy_out() reports, and
+    whoever touches that memory gets a BusError.
+
+    A driver may have more, and is used without what it lacks:
+
+        memory                          # uint8[npages, 4096]; read(), write() and run() need it
+        def clear(self, pages):         # zeros; else the zero page is copied in
+        def prefetch(self, addrs, start, end):  # faults at addrs: what to bring along as well
+        def power_off(self):            # it is empty and goes
+        kinds = ("private", "public")   # public: the CPU reaches its memory too
+
+    The constructor begins with super().__init__(machine, memory, kind, ...) and then makes what the
+    methods need. From then on processes may use the device: to_device() and to_system() migrate,
+    read(), write(), exchange() and run() compute.
 
     machine: where it is plugged in. memory: its size. chunk: what it evicts at a time, 64 KiB to
     2 MiB. neighbours: how much memory around a page to bring back when a CPU touches the page.
@@ -176,7 +202,7 @@ class Driver(DeviceMemory):
         what cannot migrate is mapped where it is. Raises SegmentationFault, BusError,
         OutOfMemory.
         """
-        self._fault_mm(process.mm, addrs[: self.npages], write[: self.npages])
+        self._fault_mm(process.mm, addrs[: self.limit], write[: self.limit])
 
     def _fault_mm(self, mm: MmStruct, addrs: Addresses, write: Mask, *, evict: bool = True) -> None:
         self._check_open()
@@ -200,9 +226,27 @@ class Driver(DeviceMemory):
                 if not away.size:
                     continue
                 self._migrate_addrs(mm, away, Direction.TO_DEVICE, Moved())
+                if self.ops.prefetch is not None:
+                    self._bring_along(mm, away, self.ops.prefetch)
                 left = ~self._map(table, here, stores)
                 if some(left):
                     self._map_remote(table, here[left], stores[left])
+
+    def _bring_along(
+        self,
+        mm: MmStruct,
+        faulted: Addresses,
+        prefetch: Callable[[Addresses, int, int], Addresses],
+    ) -> None:
+        """Migrate what the driver wants with pages that *faulted*, as far as memory is free."""
+        vma = find_vma(mm, faulted.item(0))
+        assert vma is not None
+        block = faulted.item(0) & ~(PMD_SIZE - 1)
+        start, end = max(block, vma.vm_start), min(block + PMD_SIZE, vma.vm_end)
+        wanted = np.unique(prefetch(faulted, start, end) & ~(PAGE_SIZE - 1))
+        wanted = wanted[(wanted >= start) & (wanted < end)]
+        more = np.setdiff1d(wanted, faulted, assume_unique=True)[: max(0, self.free_pages)]
+        self._migrate_addrs(mm, more, Direction.TO_DEVICE, Moved())
 
     def _map(self, table: DevicePageTable, addrs: Addresses, write: Mask) -> Mask:
         """Map what the CPU's page table says is in this device's memory; True where it is."""
@@ -312,7 +356,7 @@ class Driver(DeviceMemory):
         table = self.table_of(mm)
         addrs = page_range(addr, nbytes)
         need = _PAGE_RW if write else _PAGE_PRESENT
-        batch = max(1, min(self.npages, PMD_SIZE >> PAGE_SHIFT))  # of faults
+        batch = max(1, min(self.limit, PMD_SIZE >> PAGE_SHIFT))  # of faults
         done, rounds = 0, 0
         while done < addrs.size:
             near = addrs[done : done + STREAM_PAGES]

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from devices.chunks import Chunks, chunk_pages
+from devices.moved import Moved, Stats
+from devices.ops import DeviceOps
 from hmm.device_pgtable import DevicePageTable
 from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import (
@@ -24,13 +24,12 @@ from hmm.migrate_pfn import (
     MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
     MigratePfns,
-    Stayed,
     is_migrating,
     is_valid,
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
-from hmm.migration import MigrateVma, MigrateVmaSelect
+from hmm.migration import MigrateVmaSelect
 from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
@@ -90,82 +89,54 @@ SELECT_OWN: Final = {
 _SELECT_SYSTEM: Final = int(MigrateVmaSelect.SYSTEM)
 
 
-@dataclass
-class Stats:
-    """What a device has done so far. Bytes are those that were copied: a hole costs none."""
-
-    device_faults: int = 0
-    fault_batches: int = 0
-    pages_to_device: int = 0
-    pages_to_system: int = 0
-    evicted_pages: int = 0
-    bytes_to_device: int = 0
-    bytes_to_system: int = 0
-
-
-@dataclass
-class Moved:
-    """What became of the pages of a range.
-
-    collected: pages that could move when the migration began; migrated: those that did; stayed:
-    for the others, how many stayed for which reason (the names of `hmm.Stayed`, lower case).
-    """
-
-    collected: int = 0
-    migrated: int = 0
-    stayed: Counter[str] = field(default_factory=Counter)
-
-    def add(self, migrate: MigrateVma) -> None:
-        """Count one migrate_vma() call in."""
-        migrated = migrate.cpages
-        self.migrated += migrated
-        self.collected += migrated
-        if migrated == migrate.npages:
-            return
-        reasons = migrate.stayed if migrate.wanted is None else migrate.stayed[migrate.wanted]
-        counts = np.bincount(reasons, minlength=len(Stayed))
-        counts[Stayed.NO] = 0
-        for reason in places(counts).tolist():
-            self.stayed[Stayed(reason).name.lower()] += counts.item(reason)
-        self.collected += int(counts.sum()) - counts.item(Stayed.SKIPPED)
-
-
 class DeviceMemory(ABC):
     """Pages of a device, registered as ZONE_DEVICE memory.
 
     kind: "private", memory that only the device can touch, or "public", which the CPU maps and
-    touches as its own; its contents are the device's rows of the machine's.
+    touches as its own; its contents are the device's rows of the machine's. limit: how many pages
+    may be in use at a time; npages unless somebody sets it lower. ops: what is asked to allocate
+    and copy; the driver itself, unless it is wrapped (devices/wrappers.py).
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("private",)  # that the driver can be opened with
 
+    # What a driver has or has not (devices/ops.py).
+    clear: Callable[[Indices], None] | None = None
+    prefetch: Callable[[Addresses, int, int], Addresses] | None = None
+    power_off: Callable[[], None] | None = None
+
     def __init__(
         self,
         machine: Machine,
-        memory: Size,
-        *,
-        name: str,
+        memory: Size = "64MiB",
         kind: str = "private",
+        *,
+        name: str | None = None,
         chunk: Size | None = None,
         neighbours: Size = PAGE_SIZE,
     ) -> None:
-        if kind not in KINDS:
-            raise InvalidArgument(f'{name}: kind={kind!r}: device memory is "private" or "public"')
-        self.name = name
+        self.name = name or f"{type(self).__name__.lower()}{self.count(machine)}"
+        if kind not in self.kinds:
+            has = " or ".join(f'"{one}"' for one in self.kinds)
+            raise InvalidArgument(f"{self.name}: kind={kind!r}: device memory is {has}")
         self.type = KINDS[kind]
         self.owner: object = self
         self.machine = machine
         self.mem = machine.mem
         self.npages = memparse(memory) >> PAGE_SHIFT
         if not self.npages:
-            raise InvalidArgument(f"{name}: memory={memory!r} is less than a page of {PAGE_SIZE}")
-        self.chunk_pages = chunk_pages(name, chunk, self.npages)
+            raise InvalidArgument(
+                f"{self.name}: memory={memory!r} is less than a page of {PAGE_SIZE}"
+            )
+        self.limit = self.npages
+        self.chunk_pages = chunk_pages(self.name, chunk, self.npages)
         self.neighbour_pages = max(1, memparse(neighbours) >> PAGE_SHIFT)
         self.zone = devm_memremap_pages(self.mem, self, self.npages)
         self.chunks = Chunks(self.npages, self.chunk_pages)
         self.tables: dict[MmStruct, DevicePageTable] = {}
         self.stats = Stats()
         self.closed = False
+        self.ops: DeviceOps = self
 
     @classmethod
     def count(cls, machine: Machine) -> int:
@@ -177,7 +148,7 @@ class DeviceMemory(ABC):
 
     @abstractmethod
     def allocate(self, npages: int) -> Indices:
-        """Up to *npages* free pages of the device, as numbers from 0; fewer when it is full."""
+        """Up to *npages* free pages, as numbers from 0; fewer, or none, when the device is full."""
 
     @abstractmethod
     def free(self, pages: Indices) -> None:
@@ -193,10 +164,6 @@ class DeviceMemory(ABC):
 
         Returns None, or True for pages whose contents are lost for good.
         """
-
-    def clear(self, pages: Indices, system: Payload) -> None:
-        """Fill *pages* with zeros; by default, with copies of the zero page."""
-        self.copy_in(pages, system, np.full(pages.size, self.mem.zero_pfn))
 
     # What a user calls.
 
@@ -253,11 +220,16 @@ class DeviceMemory(ABC):
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
         return moved
 
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody uses and somebody may."""
+        return self.chunks.free_pages - (self.npages - self.limit)
+
     def make_room(self, npages: int) -> None:
         """Evict the oldest chunks until *npages*, or all pages, are free or nothing moves."""
-        wanted = min(npages, self.npages)
+        wanted = min(npages, self.limit)
         for chunk in self.chunks.oldest_first().tolist():
-            if self.chunks.free_pages >= wanted:
+            if self.free_pages >= wanted:
                 return
             self.evict(self.chunks.pages_of(chunk))
 
@@ -298,6 +270,8 @@ class DeviceMemory(ABC):
         for table in tables.values():
             if not table.mm.exited:
                 table.close()
+        if self.ops.power_off is not None:
+            self.ops.power_off()
 
     # What the mm core calls.
 
@@ -318,7 +292,7 @@ class DeviceMemory(ABC):
         """The mm core lets go of *pfns*."""
         pages = pfns - self.zone.start_pfn
         self.chunks.give(pages)
-        self.free(pages)
+        self.ops.free(pages)
 
     def alloc_and_copy(
         self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
@@ -368,16 +342,16 @@ class DeviceMemory(ABC):
 
     def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> None:
         entries, pages = self.take(mm, dst, places(is_migrating(src)))
-        if self.mem.payload is None:
+        if self.mem.payload is None or not pages.size:
             return
         full = is_valid(src[entries])
         if every(full):
-            self.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(src[entries]))
+            self.ops.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(src[entries]))
         else:
-            self.clear(pages[~full], self.mem.payload)
+            self._clear(pages[~full])
             if some(full):
                 rows = migrate_pfn_to_pfn(src[entries[full]])
-                self.copy_in(pages[full], self.mem.payload, rows)
+                self.ops.copy_in(pages[full], self.mem.payload, rows)
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
 
     def take(self, mm: MmStruct, dst: MigratePfns, entries: Indices) -> tuple[Indices, Indices]:
@@ -388,12 +362,20 @@ class DeviceMemory(ABC):
         with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
             self._check_open()
             self.table_of(mm)
-            pages = self.allocate(entries.size)
+            pages = self.ops.allocate(entries.size)
             self._check_allocated(pages, entries.size)
             self.chunks.take(pages)
             entries = entries[: pages.size]
             self._hand_over(dst, entries, self.zone.start_pfn + pages)
         return entries, pages
+
+    def _clear(self, pages: Indices) -> None:
+        """Fill *pages* with zeros, by copies of the zero page where the driver knows no better."""
+        if self.ops.clear is not None:
+            self.ops.clear(pages)
+        else:
+            assert self.mem.payload is not None
+            self.ops.copy_in(pages, self.mem.payload, np.full(pages.size, self.mem.zero_pfn))
 
     def _check_allocated(self, pages: Indices, wanted: int) -> None:
         """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
@@ -412,10 +394,10 @@ class DeviceMemory(ABC):
         pfns = alloc_pages_vma(vma, start + (entries << _SHIFT), GFP_HIGHUSER_MOVABLE)
         entries = entries[: pfns.size]
         self._hand_over(dst, entries, pfns, referenced=True)
-        if self.mem.payload is None:
+        if self.mem.payload is None or not pfns.size:
             return
         pages = migrate_pfn_to_pfn(src[entries]) - self.zone.start_pfn
-        lost = self.copy_out(pages, self.mem.payload, pfns)
+        lost = self.ops.copy_out(pages, self.mem.payload, pfns)
         self.stats.bytes_to_system += entries.size * PAGE_SIZE
         if lost is not None and some(lost):
             self.give_up(dst, entries[lost])

@@ -28,7 +28,7 @@ class NumpyDevice(Driver):
         neighbours: Size = PAGE_SIZE,
     ) -> None:
         name = name or f"numpy{self.count(machine)}"
-        super().__init__(machine, memory, name=name, kind=kind, chunk=chunk, neighbours=neighbours)
+        super().__init__(machine, memory, kind, name=name, chunk=chunk, neighbours=neighbours)
         self._free = PageStack(self.npages)
         self._free.push(np.arange(self.npages)[::-1])
         payload = machine.mem.payload
@@ -56,7 +56,7 @@ class NumpyDevice(Driver):
         copy_highpages(system, rows, self.memory, pages)
         return None
 
-    def clear(self, pages: Indices, system: Payload) -> None:
+    def clear(self, pages: Indices) -> None:
         """Zeros need no copy here."""
         assert self.memory is not None
         self.memory[pages] = 0

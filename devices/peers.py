@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from devices.memory import SELECT_OWN, DeviceMemory, Direction, Moved, vma_spans
+from devices.memory import SELECT_OWN, DeviceMemory, Direction, vma_spans
+from devices.moved import Moved
 from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import MIGRATE_PFN_MIGRATE, MIGRATE_PFN_VALID, MigratePfns, migrate_pfn_to_pfn
 from mm.errors import InvalidArgument

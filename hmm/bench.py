@@ -20,7 +20,7 @@ import numpy as np
 from hmm.offload.replay import machine_for, replay
 from hmm.offload.traces import load_trace
 from hmm.range import HmmRange, hmm_range_fault
-from hmm.registry import load_driver
+from hmm.registry import Verdict, load_driver, load_suite
 from mm.errors import InvalidArgument
 from mm.machine import Machine
 from mm.memparse import Size, format_size
@@ -364,6 +364,15 @@ def run_sqlite_50(name: str) -> Figure:
     return Figure(name, trace.events / spent, "touches/s", "alone", None)
 
 
+def conformance_suite(name: str) -> Figure:
+    """All rules of `hmm check` on the numpy device."""
+    suite, driver = load_suite(), load_driver("numpy")
+    verdicts: list[Verdict] = []
+    spent = _seconds(lambda: verdicts.extend(suite(driver)))
+    kept = sum(verdict.outcome == "pass" for verdict in verdicts)
+    return Figure(name, spent, "s", f"{kept} of {len(verdicts)} rules kept", None)
+
+
 def boot_1tib(name: str) -> Figure:
     """Boot of a machine with 1 TiB and no contents."""
     booted = []
@@ -398,6 +407,7 @@ FIGURES: Final[dict[str, Callable[[str], Figure]]] = {
         file_read,
         file_read_cold,
         run_sqlite_50,
+        conformance_suite,
         boot_1tib,
         boot_1tib_bytes_per_page,
     )

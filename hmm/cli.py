@@ -23,7 +23,7 @@ from hmm import script as scripts
 from hmm.offload.device import Device
 from hmm.offload.replay import Progress, Report, machine_for, replay
 from hmm.offload.traces import Trace, load_trace
-from hmm.registry import UnusableDriver, available, load_driver
+from hmm.registry import UnusableDriver, available, load_driver, load_suite
 from mm import trace as events
 from mm.errors import InvalidArgument, MmError, OutOfRange
 from mm.machine import Machine
@@ -117,6 +117,37 @@ def devices(as_json: Json = False) -> None:
     for driver in drivers:
         table.add_row(driver["name"], driver["driver"], driver["problem"] or "usable")
     _print({"devices": drivers}, table, as_json)
+
+
+@app.command()
+def check(
+    device: Annotated[str, typer.Argument(help="A name, numpy?kind=public, or file.py:Class.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE", help="Only this rule, and those it needs; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try on a driver whether it keeps every promise of drivers, and show the evidence."""
+    driver, suite = load_driver(device), load_suite()
+    table = Table("rule", "result", "evidence", box=None)
+    verdicts = []
+    with _progress(f"checking {device}", shown=not as_json) as progress:
+        for verdict in suite(driver, only or ()):
+            verdicts.append(verdict)
+            table.add_row(verdict.rule, verdict.outcome, verdict.evidence)
+            if progress is not None:
+                progress(len(verdicts), max(50, len(verdicts) + 1))
+    failed = [verdict.rule for verdict in verdicts if verdict.outcome == "fail"]
+    rules = [
+        {name: getattr(verdict, name) for name in ("rule", "promise", "outcome", "evidence")}
+        for verdict in verdicts
+    ]
+    _print({"device": device, "passed": not failed, "rules": rules}, table, as_json)
+    if failed:
+        raise WorkFailed(
+            f"{device} breaks {len(failed)} of {len(verdicts)} rules: {', '.join(failed)}"
+        )
 
 
 @app.command()

@@ -62,6 +62,14 @@ def cond_resched() -> None:
         time.sleep(0)
 
 
+def msleep(seconds: float) -> None:
+    """Let others run for a while, as who waits for a device does. Linux: msleep()."""
+    if _scheduler is not None:
+        _scheduler.preempt("msleep")
+    else:
+        time.sleep(seconds)
+
+
 def wait_event_timeout(ready: Callable[[], bool]) -> bool:
     """Let others run until *ready*(), for a tenth of a second at most; what it says at last.
 

@@ -256,6 +256,20 @@ class TestDevices:
         assert "No module named 'nowhere_to_be_found'" in problems["broken"]
         assert problems["numpy"] is None
 
+    def test_driver_that_exits(self, call, install):
+        """One that ends the program when it is imported does not take the others down."""
+        install("rude", "import sys; sys.exit('no GPU here')", rude="Rude")
+
+        status, out, err = call("devices", "--json")
+
+        problems = {driver["name"]: driver["problem"] for driver in json.loads(out)["devices"]}
+        assert (0, "") == (status, err)
+        assert (
+            "device 'rude' (rude:Rude) cannot be imported: SystemExit: no GPU here"
+            in (problems["rude"])
+        )
+        assert problems["numpy"] is None
+
     def test_table(self, call):
         """Without --json it is a table."""
         assert "usable" in call("devices")[1]

@@ -24,8 +24,8 @@ class FailingDevice(NumpyDevice):
     def copy_out(self, pages, system, rows):
         return self._done("copy_out", super().copy_out(pages, system, rows))
 
-    def clear(self, pages, system):
-        self._done("clear", super().clear(pages, system))
+    def clear(self, pages):
+        self._done("clear", super().clear(pages))
 
     def _done(self, hook, result):
         if self.failing == hook:

@@ -1,4 +1,6 @@
-"""devices.open(): a device by its driver's name."""
+"""devices.open(): a device by its driver's name, or by where the driver is."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import pytest
 import devices
 from devices import NumpyDevice
 from devices.chunks import Chunks
-from hmm.registry import load_driver
+from hmm.registry import UnusableDriver, load_driver
 from mm import PAGE_SIZE, InvalidArgument, Machine
 from tests.world import mapped_range
 
@@ -79,6 +81,109 @@ class TestOpen:
     def test_announced(self):
         """The driver "numpy" is announced by this distribution."""
         assert load_driver("numpy") is NumpyDevice
+
+
+MINE = """
+from dataclasses import dataclass
+from devices import NumpyDevice
+
+class Mine(NumpyDevice):
+    kinds = ("private",)
+
+class Drawer:
+    @dataclass
+    class Device(NumpyDevice):
+        pass
+
+def make(machine, memory, *, chunk=None, neighbours=4096, colour="grey"):
+    device = NumpyDevice(machine, memory, chunk=chunk, neighbours=neighbours)
+    device.colour = colour
+    return device
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """The path of a file with drivers."""
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return path
+
+
+class TestByPlace:
+    def test_file(self, mine):
+        """A class in a file, wherever the file is."""
+        gpu = devices.open(f"{mine}:Mine", machine(), memory="1MiB")
+
+        assert ("mine0", 256) == (gpu.name.replace("numpy", "mine"), gpu.npages)
+        assert "Mine" == type(gpu).__name__
+
+    def test_function(self, mine):
+        """A function that opens devices will do, with options of its own."""
+        assert "grey" == devices.open(f"{mine}:make", machine()).colour
+        assert "blue" == devices.open(f"{mine}:make?colour=blue", machine()).colour
+
+    def test_part_of_another(self, mine):
+        """A name may have dots."""
+        assert "Device" == load_driver(f"{mine}:Drawer.Device").__name__
+
+    def test_module(self):
+        """A class in a module."""
+        assert load_driver("devices.numpy_device:NumpyDevice") is NumpyDevice
+
+    def test_options(self):
+        """Options come after a question mark, with & between them."""
+        gpu = devices.open("numpy?kind=public&name=mine", machine(), memory="1MiB")
+
+        assert "mine" == gpu.name
+        assert gpu.memory.base is not None
+        assert gpu.machine.mem.is_device_public_page(np.array([gpu.zone.start_pfn])).all()
+
+    def test_edited_file(self, mine):
+        """A file that has changed is read again."""
+        load_driver(f"{mine}:Mine")
+        mine.write_text(MINE.replace("Mine(", "Yours("))
+
+        assert "Yours" == load_driver(f"{mine}:Yours").__name__
+
+    @pytest.mark.parametrize(
+        ("name", "says"),
+        [
+            ("nowhere.py:Mine", "there is no file nowhere.py"),
+            ("{mine}:Yours", "has no 'Yours'; its classes are Drawer, Mine"),
+            ("{mine}:", "has no ''; its classes are"),
+            ("json:dumps.nothing", "json has no 'dumps.nothing'"),
+            ("{mine}:make?size=3", "unexpected keyword argument 'size'"),
+            ("numpy?memory=3MiB", "multiple values for argument 'memory'"),
+        ],
+    )
+    def test_not_there(self, mine, name, says):
+        """What is not there is named, with what is."""
+        with pytest.raises(InvalidArgument, match=says):
+            load_driver(name.format(mine=mine))
+
+    @pytest.mark.parametrize(
+        ("source", "says"),
+        [
+            ("1 / 0", "ZeroDivisionError: division by zero"),
+            ("import sys; sys.exit(3)", "SystemExit: 3"),
+            ("def f(:", "SyntaxError"),
+        ],
+    )
+    def test_unusable(self, mine, source, says):
+        """A file that fails to run is named, with what went wrong."""
+        mine.write_text(source)
+
+        with pytest.raises(UnusableDriver, match=f"mine.py.*cannot be imported: {says}"):
+            load_driver(f"{mine}:Mine")
+
+    def test_leaves_sys_path_alone(self, mine):
+        """A file's folder does not become a place to import from."""
+        before = list(sys.path)
+
+        load_driver(f"{mine}:Mine")
+
+        assert before == sys.path
 
 
 class TestWrongCall:
