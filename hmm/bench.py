@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -319,6 +321,37 @@ def invalidate(name: str) -> Figure:
     return Figure(name, spent / (RESIDENT >> PAGE_SHIFT) * 1e9, "ns", "alone", None)
 
 
+def _read_file(name: str, *, cached: bool) -> Figure:
+    """read(2) of a file of RESIDENT bytes on a disk, a file of the host, into a buffer."""
+    machine = Machine(("256MiB",))
+    source, target, buffer = np.ones((3, RESIDENT), dtype=np.uint8)
+    copy = spent = float("inf")
+    with (
+        TemporaryDirectory() as folder,
+        machine.mount(Path(folder) / "disk", size="96MiB") as fs,
+        fs.create("file") as file,
+    ):
+        file.write(0, source)
+        file.fsync()
+        for _ in range(3 * ROUNDS if cached else ROUNDS):
+            copy = min(copy, _seconds(partial(np.copyto, target, source)))
+            if not cached:
+                machine.drop_caches()
+            spent = min(spent, _seconds(partial(file.readinto, 0, buffer)))
+    against = f"np.copyto of {format_size(RESIDENT)}: {copy * 1e3:.1f} ms"
+    return Figure(name, spent * 1e3, "ms", against, copy / spent)
+
+
+def file_read(name: str) -> Figure:
+    """read(2) of 64 MiB of a file that is in the page cache."""
+    return _read_file(name, cached=True)
+
+
+def file_read_cold(name: str) -> Figure:
+    """The same when nothing of it is in memory, but all in the host's."""
+    return _read_file(name, cached=False)
+
+
 def run_sqlite_50(name: str) -> Figure:
     """Page touches in a second of `hmm run sqlite --memory 50%`."""
     trace = load_trace("sqlite")
@@ -362,6 +395,8 @@ FIGURES: Final[dict[str, Callable[[str], Figure]]] = {
         device_read_resident,
         device_write_resident,
         invalidate,
+        file_read,
+        file_read_cold,
         run_sqlite_50,
         boot_1tib,
         boot_1tib_bytes_per_page,

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.page_flags import PG_private
 from mm.pagewalk import walk_page_range
 from mm.pgtable import (
     pte_dirty,
@@ -25,6 +26,7 @@ from mm.swapops import (
 )
 from mm.types import VM_LOCKED, MemMap, MmStruct, Vma
 from mm.typing import Addresses, Mask, Pfns, Ptes
+from mm.vectors import has
 from mm.xarray import MAX_INDEX, xa_is_value, xa_to_value
 
 _SHOWN: Final = 4  # pages that a complaint names
@@ -38,8 +40,8 @@ class Census(NamedTuple):
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
     waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
-    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, the page cache and the
-    swap cache, by PFN; swapped: entries that hold each slot.
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, buffers, the page cache
+    and the swap cache, by PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
@@ -83,6 +85,7 @@ def take_census(mem: MemMap) -> Census:
         if shmem_mapping(mapping):
             slots = xa_to_value(entries[xa_is_value(entries)])
             np.add.at(swapped, slots[slots < mem.swap.max], one)
+    held[has(mem.flags, PG_private)] += 1
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
     return Census(pages, mapped, waiting, taken, locked, held, swapped)

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from mm.census import Census, Complaints, complain, dirty_in_tables, take_census
+from mm.debug_buffer import check_buffers, check_super_blocks, check_writeback
 from mm.debug_cache import check_files, check_page_cache
 from mm.debug_memcg import check_memcgs
 from mm.debug_mm import (
@@ -19,6 +20,7 @@ from mm.debug_mm import (
     check_entries,
     check_notifiers,
     check_tables,
+    check_userfaultfds,
     check_vmas,
 )
 from mm.errors import KernelBug
@@ -30,9 +32,11 @@ from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
     PG_dirty,
+    PG_hwpoison,
     PG_locked,
     PG_lru,
     PG_mlocked,
+    PG_private,
     PG_reserved,
     PG_swapbacked,
     PG_swapcache,
@@ -43,6 +47,7 @@ from mm.page_flags import (
 from mm.swap import GUP_PIN_COUNTING_BIAS, page_lru
 from mm.swap_slots import SWAP_HAS_CACHE
 from mm.types import MemMap, page_anon
+from mm.vectors import has
 
 _KNOWN_FLAGS: Final = np.bitwise_or.reduce(list(FLAG_NAMES.values()))
 
@@ -115,10 +120,15 @@ def check_counts(mem: MemMap, census: Census) -> Complaints:
     mapcount, refcount = mem.mapcount[pages], mem.refcount[pages]
     tables = census.mapped[pages]
     yield from complain("mapcount", pages, mapcount != tables, "page tables say otherwise")
+    poisoned = (mem.flags[pages] & PG_hwpoison) != 0
     expected = tables + census.taken[pages] + census.held[pages] + mem.is_zone_device_page(pages)
+    expected += poisoned
     yield from complain(
         "refcount", pages, refcount != expected, "not its mappings, pagevecs, pins and caches"
     )
+    yield from complain("flags", pages, poisoned & (mapcount != 0), "poisoned, and yet mapped")
+    if mem.num_poisoned_pages != np.count_nonzero(poisoned):
+        yield f"num_poisoned_pages: says {mem.num_poisoned_pages}, {poisoned.sum()} are"
     unlocked = (mem.flags[pages] & PG_locked) == 0
     yield from complain(
         "flags", pages, (census.waiting[pages] > 0) & unlocked, "migration entries, but not locked"
@@ -149,10 +159,12 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     )
     swapbacked, cached = (flags & PG_swapbacked) != 0, (flags & PG_swapcache) != 0
     yield from complain("flags", pages, cached & ~swapbacked, "in the swap cache, not swapbacked")
+    poisoned = (flags & PG_hwpoison) != 0
+    yield from complain("flags", pages, poisoned & (on_list != 0), "poisoned, yet on an LRU list")
     own = (flags & PG_anon_exclusive) != 0
     shared = census.mapped[pages] + census.taken[pages] > 1
     yield from complain("flags", pages, own & shared, "shared, yet exclusive")
-    pinned = (census.held[pages] >= GUP_PIN_COUNTING_BIAS) & page_anon(mem, pages)
+    pinned = (census.held[pages] >= GUP_PIN_COUNTING_BIAS) & page_anon(mem, pages) & ~poisoned
     yield from complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
 
 
@@ -228,7 +240,8 @@ def check_swap(mem: MemMap, census: Census) -> Complaints:
     stray = inside & ((named <= 0) | (named >= si.max))
     yield from complain("private", pages, stray, "no such slot")
     odd = ~inside & (mem.private[pages] != 0) & ~mem.is_zone_device_page(pages)
-    yield from complain("private", pages, odd, "only a driver or the swap cache has a use for it")
+    odd &= ~has(mem.flags[pages], PG_private)
+    yield from complain("private", pages, odd, "neither a driver, nor swap, nor buffers use it")
     pages, named = pages[inside & ~stray], named[inside & ~stray]
     yield from complain("private", pages, si.cache[named] != pages, "the swap cache differs")
     if not mem.vmstat["nr_swapcached"] == inside.sum() == cached.sum():
@@ -253,10 +266,14 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_swap,
     check_page_cache,
     check_files,
+    check_buffers,
+    check_writeback,
+    check_super_blocks,
     check_entries,
     check_anon_vmas,
     check_vmas,
     check_notifiers,
+    check_userfaultfds,
     check_memcgs,
 )
 

@@ -31,6 +31,7 @@ from mm.swap import get_page, lru_cache_add_active, put_page
 from mm.types import VM_SHARED, Vma, VmFault, linear_page_index, maybe_mkwrite
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import every, has, places
+from mm.writeback import balance_dirty_pages
 
 FAULT_AROUND_BYTES: Final = 16 * PAGE_SIZE  # a load maps what is in memory of a window so large
 
@@ -207,6 +208,7 @@ def do_cow_fault(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
 def do_shared_fault(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
     """Map the pages of the file, for stores. Linux: do_shared_fault(), mm/memory.c."""
     assert vma.vm_ops is not None
+    _fault_dirty_shared_page(vma)
     pfns, faults = vma.vm_ops.fault(vma, addrs, linear_page_index(vma, addrs), True)
     got = places(pfns >= 0)
     faults[got] |= _do_page_mkwrite(vma, pfns[got])
@@ -216,6 +218,16 @@ def do_shared_fault(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
         pfns[refused] = -1
     _finish_faults(vma, at, pfns, write=True)
     return faults
+
+
+def _fault_dirty_shared_page(vma: Vma) -> None:
+    """Pages are about to become dirty: write some, if they are too many already.
+
+    Not after that, as in Linux: the flusher runs in this thread, and would take the right to store
+    away again before the store. Linux: fault_dirty_shared_page(), mm/memory.c.
+    """
+    if vma.vm_ops is not None and vma.vm_ops.page_mkwrite is not None:
+        balance_dirty_pages(vma.vm_mm.mem)
 
 
 def _do_page_mkwrite(vma: Vma, pfns: Pfns) -> Faults:
@@ -232,6 +244,7 @@ def wp_page_shared(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
     Linux: wp_page_shared(), mm/memory.c.
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
+    _fault_dirty_shared_page(vma)
     with mm.page_table_lock:
         readonly = places(pte_present(mem.tables.entries[at]) & ~pte_write(mem.tables.entries[at]))
         at = at[readonly]

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from mm.errors import BadFile, FileTooLarge, InvalidArgument, NotSupported
+from mm.errseq import errseq_sample
 from mm.locking import RwSemaphore
 from mm.memparse import Size, memparse
 from mm.types import AddressSpace, AddressSpaceOperations, MemMap, Vma
@@ -40,7 +41,7 @@ _FALLOCATE: Final = {"keep_size": FALLOC_FL_KEEP_SIZE, "punch_hole": FALLOC_FL_P
 class FileOperations:
     """What can be done with a kind of file; what is None cannot. Linux: struct file_operations.
 
-    read(file, pos, nbytes)             the bytes there, fewer at the end of the file
+    read(file, pos, out)                fill *out*, uint8[n], which the file covers; the bytes read
     write(file, pos, data)              store *data*, uint8[n]; the bytes stored
     mmap(file, vma)                     give *vma* its vm_ops
     fallocate(file, mode, pos, nbytes)  FALLOC_FL_* of a range
@@ -48,7 +49,7 @@ class FileOperations:
     release(file)                       nobody has it open any more
     """
 
-    read: Callable[[File, int, int], bytes] | None = None
+    read: Callable[[File, int, Payload], int] | None = None
     write: Callable[[File, int, Payload], int] | None = None
     mmap: Callable[[File, Vma], None] | None = None
     fallocate: Callable[[File, int, int, int], None] | None = None
@@ -139,6 +140,8 @@ class File:
         self.f_op = inode.i_fop
         self.f_mode = f_mode
         self.f_pos = 0
+        self.f_ra_prev = 0  # the page after the last that was read
+        self.f_wb_err = errseq_sample(inode.i_mapping.wb_err)  # errors that it has heard of
         self.f_count = 1  # its user, and the VMAs that map it
         self.closed = False
         inode.mem.files.append(self)
@@ -159,10 +162,21 @@ class File:
 
     def read(self, pos: int, nbytes: int) -> bytes:
         """Up to *nbytes* from *pos* on, fewer at the end of the file. Linux: pread(2)."""
-        read = self._can("read", self.f_op.read, FMODE_READ)
         if pos < 0 or nbytes < 0:
             raise InvalidArgument(f"read: {nbytes} bytes from {pos} are not in a file")
-        return read(self, pos, nbytes)
+        out = np.empty(max(min(nbytes, self.size - pos), 0), dtype=np.uint8)
+        return out[: self.readinto(pos, out)].tobytes()
+
+    def readinto(self, pos: int, buffer: Any) -> int:
+        """As read(), into *buffer*, anything with a buffer that can be written; how many bytes.
+
+        Raises InputOutputError, OutOfMemory where not one can be had. Linux: pread(2).
+        """
+        read = self._can("read", self.f_op.read, FMODE_READ)
+        out = np.frombuffer(buffer, dtype=np.uint8)
+        if pos < 0 or not out.flags.writeable:
+            raise InvalidArgument(f"readinto: {pos} is not in a file, or nothing can be stored")
+        return read(self, pos, out[: max(self.size - pos, 0)])
 
     def write(self, pos: int, data: Any) -> int:
         """Store *data*, anything with a buffer, from *pos* on; how many bytes were stored.

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mm.buffer import try_to_release_page
 from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.highmem import copy_highpages
@@ -29,25 +29,29 @@ from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
     PG_dirty,
+    PG_private,
     PG_referenced,
     PG_swapbacked,
     PG_swapcache,
     PG_unevictable,
     PG_uptodate,
     PG_workingset,
+    PG_writeback,
 )
 from mm.rmap import remove_migration_ptes, try_to_unmap
 from mm.sched import current_task
-from mm.swap import isolate_lru_page, lru_add_drain, put_page, putback_lru_page
+from mm.swap import get_page, isolate_lru_page, lru_add_drain, put_page, putback_lru_page
 from mm.swap_state import replace_in_swap_cache
 from mm.swapfile import try_to_free_swap
-from mm.types import MemMap
-from mm.typing import Mask, Pfns, word
+from mm.types import AddressSpace, MemMap
+from mm.typing import Errnos, Mask, Pfns, word
 from mm.vectors import every, has, keep_bits, places, rows, some
+from mm.writeback import wait_on_page_writeback
 
-Errnos: TypeAlias = NDArray[np.int32]  # for each page 0, or a negative errno
 # Gives a frame for each page that is to move; for the first of them only, where memory is short.
 NewPages: TypeAlias = Callable[[Pfns], Pfns]
+# Takes a reference to each page that has moved, and the CPU: put_page(), or who keeps the pages.
+PutPages: TypeAlias = Callable[[MemMap, Pfns, int], None]
 
 NR_MAX_BATCHED_MIGRATION: Final = 1 << 13  # pages on their way at a time; 512 since v6.3
 NR_MAX_MIGRATE_PAGES_RETRY: Final = 10
@@ -65,6 +69,7 @@ _MOVED_FLAGS: Final = word(
     | PG_anon_exclusive
 )
 _ONE: Final = np.array(1, dtype=np.int32)
+_NOT_PRIVATE: Final = word(~PG_private)
 _KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
 
 
@@ -83,7 +88,7 @@ def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
         besides = mem.is_zone_device_page(old).view(np.int8) + cached.view(np.int8)
         filed = page_in_cache(mem, old) if mem.mappings else None
         if filed is not None:
-            besides += filed
+            besides += filed.view(np.int8) + has(mem.flags[old], PG_private).view(np.int8)
         alone = mem.refcount[rows(old)] - besides == _ONE
         if some(cached):
             alone[alone] = _leave_swap_cache(mem, new[alone], old[alone])
@@ -132,6 +137,14 @@ def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     return status
 
 
+def migrate_file_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
+    """migrate_page() for files whose pages are no more than what is in them.
+
+    Linux: migrate_page() as a_ops->migratepage, mm/migrate.c.
+    """
+    return migrate_page(mapping.mem, new, old)
+
+
 def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     """As migrate_page(), in the way of the file that old[i] is of, where it has one of its own.
 
@@ -140,12 +153,65 @@ def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
     status = np.full(old.size, 1, dtype=np.int32)
     if mem.mappings:
         for mapping, mine in by_mapping(mem, old):
-            if mapping.a_ops.migratepage is not None:
-                here = np.isin(old, mine)
-                status[here] = mapping.a_ops.migratepage(mapping, new[here], old[here])
+            here = np.isin(old, mine)
+            migratepage = mapping.a_ops.migratepage or fallback_migrate_page
+            status[here] = migratepage(mapping, new[here], old[here])
     plain = status > 0
     status[plain] = migrate_page(mem, new[plain], old[plain])
     return status
+
+
+def buffer_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
+    """As migrate_page(), of pages whose buffers go with them.
+
+    Linux: buffer_migrate_page(), mm/migrate.c.
+    """
+    mem = mapping.mem
+    status = migrate_page_move_mapping(mem, new, old)
+    moved = status == 0
+    new, old = new[moved], old[moved]
+    private = has(mem.flags[old], PG_private)
+    to, frm = new[private], old[private]
+    with mem.locks.atomic:
+        rows = mem.private[frm]
+        mem.buffers.b_page[rows] = to
+        mem.private[to], mem.private[frm] = rows, 0
+        mem.flags[to] |= PG_private
+        mem.flags[frm] &= _NOT_PRIVATE
+        get_page(mem, to)
+    put_page(mem, frm)
+    migrate_page_states(mem, new, old)
+    return status
+
+
+def fallback_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
+    """Move pages of a file that does not say how: clean ones, without what it knows of them.
+
+    A dirty one is written first, and its turn comes with the next attempt.
+    Linux: fallback_migrate_page(), mm/migrate.c.
+    """
+    mem, status = mapping.mem, np.full(old.size, -errno.EAGAIN, dtype=np.int32)
+    dirty = has(mem.flags[old], PG_dirty)
+    if some(dirty):
+        status[dirty] = writeout(mapping, old[dirty])
+    clean = ~dirty
+    private = clean & has(mem.flags[old], PG_private)
+    clean[private] = try_to_release_page(mapping, old[private])
+    status[clean] = migrate_page(mem, new[clean], old[clean])
+    return status
+
+
+def writeout(mapping: AddressSpace, pfns: Pfns) -> int:
+    """Have dirty *pfns* written, which are mapped again for that; always a negative errno.
+
+    -EAGAIN: they may be clean soon; -EINVAL where the file cannot write pages.
+    Linux: writeout(), mm/migrate.c.
+    """
+    if mapping.a_ops.writepage is None:
+        return -errno.EINVAL
+    remove_migration_ptes(mapping.mem, pfns, pfns)
+    mapping.a_ops.writepage(mapping, pfns)
+    return -errno.EAGAIN
 
 
 def migration_entry_wait(mem: MemMap, pfns: Pfns) -> None:
@@ -199,24 +265,28 @@ def putback_movable_pages(mem: MemMap, pfns: Pfns) -> None:
     lru_add_drain(mem, current_task().cpu)
 
 
-def migrate_pages(mem: MemMap, pfns: Pfns, get_new_pages: NewPages) -> Errnos:
+def migrate_pages(
+    mem: MemMap, pfns: Pfns, get_new_pages: NewPages, put_old_pages: PutPages = put_page
+) -> Errnos:
     """Let new pages take the place of *pfns*, which the caller has isolated; 0 for each that moved.
 
-    -EAGAIN: it stays, for at each of ten attempts somebody held it or had it locked. -ENOMEM:
-    frames ran out at this page or before its turn. What moved is freed, what stays is on its list
-    again. Linux: migrate_pages(), mm/migrate.c.
+    -EAGAIN: it stays, for at each of ten attempts somebody held it or had it locked, or it was on
+    its way to disk. -EINVAL: its file can do nothing about its being dirty. -ENOMEM:
+    frames ran out at this page or before its turn. What moved is freed, or *put_old_pages* has it;
+    what stays is on its list again. Linux: migrate_pages(), mm/migrate.c.
     """
     status = np.full(pfns.size, -errno.ENOMEM, dtype=np.int32)
     filed = _of_files(mem, pfns) if mem.mappings else np.zeros(pfns.size, dtype=np.bool_)
     try:
         for first in range(0, pfns.size, NR_MAX_BATCHED_MIGRATION):
             batch = slice(first, first + NR_MAX_BATCHED_MIGRATION)
-            if not _migrate_pages_batch(mem, pfns[batch], status[batch], get_new_pages):
+            mine = pfns[batch], status[batch]
+            if not _migrate_pages_batch(mem, *mine, get_new_pages, put_old_pages):
                 break
     finally:
         putback_movable_pages(mem, pfns[status != 0])
         moved = int(np.count_nonzero(status == 0))
-        stuck = int(np.count_nonzero(status == -errno.EAGAIN))
+        stuck = pfns.size - moved - int(np.count_nonzero(status == -errno.ENOMEM))
         short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
         moved_files = int(np.count_nonzero(filed & (status == 0)))
         mem.vmstat.add("nr_isolated_file", -moved_files)
@@ -226,27 +296,36 @@ def migrate_pages(mem: MemMap, pfns: Pfns, get_new_pages: NewPages) -> Errnos:
     return status
 
 
-def _migrate_pages_batch(mem: MemMap, pfns: Pfns, status: Errnos, get_new_pages: NewPages) -> bool:
+def _migrate_pages_batch(
+    mem: MemMap, pfns: Pfns, status: Errnos, get_new_pages: NewPages, put_old_pages: PutPages
+) -> bool:
     """Try until *pfns* have moved or it is no use; False where frames run out.
 
     Linux: migrate_pages_batch() and migrate_pages_sync(), mm/migrate.c, v6.3.
     """
     status[:] = -errno.EAGAIN
     for attempt in range(NR_MAX_MIGRATE_PAGES_RETRY):
-        left = places(status)
+        left = places(status == -errno.EAGAIN)
         if not left.size:
             break
         if attempt:
             cond_resched()
         wait = attempt >= NR_MAX_MIGRATE_ASYNC_RETRY
-        status[left] = unmap_and_move(mem, pfns[left], get_new_pages, wait=wait)
+        status[left] = unmap_and_move(mem, pfns[left], get_new_pages, put_old_pages, wait=wait)
         if some(status == -errno.ENOMEM):
             return False
     return True
 
 
-def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bool) -> Errnos:
-    """Attempt to move isolated *pfns*, once: 0 where a page has moved and is freed.
+def unmap_and_move(
+    mem: MemMap,
+    pfns: Pfns,
+    get_new_pages: NewPages,
+    put_old_pages: PutPages = put_page,
+    *,
+    wait: bool,
+) -> Errnos:
+    """Attempt to move isolated *pfns*, once: 0 where a page has moved and *put_old_pages* has it.
 
     -EAGAIN for those that somebody else holds or, unless we are to *wait*, has locked; -ENOMEM
     for those that no frame was left for. They are as before. Raises Deadlock where this thread
@@ -254,10 +333,14 @@ def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bo
     """
     status = np.full(pfns.size, -errno.EAGAIN, dtype=np.int32)
     if wait:
-        lock_page(mem, pfns)
+        _lock_written_pages(mem, pfns)
         at = np.arange(pfns.size)
     else:
         at = places(trylock_page(mem, pfns))
+        if mem.vmstat["nr_writeback"]:
+            under_way = has(mem.flags[pfns[at]], PG_writeback)
+            unlock_page(mem, pfns[at[under_way]])
+            at = at[~under_way]
     new = get_new_pages(pfns[at])
     at, short = at[: new.size], at[new.size :]
     status[short] = -errno.ENOMEM
@@ -271,11 +354,21 @@ def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bo
     if mem.payload is not None:
         copy_highpages(mem.payload, new[moved], mem.payload, old[moved])
     remove_migration_ptes(mem, old, np.where(moved, new, old))
-    _release(mem, old, new, moved)
+    _release(mem, old, new, moved, put_old_pages)
     return status
 
 
-def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
+def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
+    """Lock *pfns*, which are not on their way to disk then; or raise Deadlock."""
+    lock_page(mem, pfns)
+    try:
+        wait_on_page_writeback(mem, pfns)
+    except BaseException:
+        unlock_page(mem, pfns)
+        raise
+
+
+def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask, put_old_pages: PutPages) -> None:
     """Unlock both; put new[i] on a list where it has *moved*, and free what is left over.
 
     The locks go first: ours may be the last reference, if others have unmapped the page.
@@ -286,4 +379,4 @@ def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
     putback_lru_page(mem, new[moved], cpu)
     lru_add_drain(mem, cpu)
     put_page(mem, new[~moved], cpu)
-    put_page(mem, old[moved], cpu)
+    put_old_pages(mem, old[moved], cpu)

@@ -106,7 +106,9 @@ def pages_at(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:
 # Enter and leave --------------------------------------------------------------------------------
 
 
-def charge_cache_pages(mem: MemMap, frames: Pfns, mm: MmStruct | None) -> Pfns:
+def charge_cache_pages(
+    mem: MemMap, frames: Pfns, mm: MmStruct | None, gfp: int = GFP_HIGHUSER_MOVABLE
+) -> Pfns:
     """Those of fresh *frames*, for a cache, that the group of *mm* has room for; the first ones.
 
     The others are freed. Linux: mem_cgroup_try_charge() in __add_to_page_cache_locked() and
@@ -114,7 +116,7 @@ def charge_cache_pages(mem: MemMap, frames: Pfns, mm: MmStruct | None) -> Pfns:
     """
     if mm is None or mm.memcg is None:
         return frames
-    may = mem_cgroup_try_charge(mm, frames, GFP_HIGHUSER_MOVABLE)
+    may = mem_cgroup_try_charge(mm, frames, gfp)
     put_page(mem, frames[~may], current_task().cpu)
     return frames[may]
 
@@ -172,8 +174,10 @@ def delete_from_page_cache(mem: MemMap, pfns: Pfns, shadows: Indices | None = No
     In the place of each comes one of *shadows*, where they are given. What was dirty is lost.
     Linux: delete_from_page_cache(), mm/filemap.c.
     """
+    owners = mem.mapping[pfns]
     for mapping, mine in by_mapping(mem, pfns):
-        entries = None if shadows is None else xa_mk_value(shadows[mem.mapping[pfns] != 0])
+        here = owners == mapping.number << 2
+        entries = None if shadows is None else xa_mk_value(shadows[here])
         page_cache_delete(mapping, mine, entries)
         put_page(mem, mine)
 
@@ -251,7 +255,9 @@ def set_page_dirty_nobuffers(mapping: AddressSpace, pfns: Pfns) -> None:
         tagged = mapping.i_pages.get_mark(indexes, PAGECACHE_TAG_DIRTY)
         mem.flags[pfns] |= PG_dirty
         mapping.i_pages.set_mark(indexes[~tagged], PAGECACHE_TAG_DIRTY)
-        mem.vmstat.add("nr_dirty", tagged.size - int(np.count_nonzero(tagged)))
+        fresh = tagged.size - int(np.count_nonzero(tagged))
+    mem.vmstat.add("nr_dirty", fresh)
+    mem.vmstat.add("nr_dirtied", fresh)
 
 
 def cancel_dirty_page(mapping: AddressSpace, pfns: Pfns) -> None:

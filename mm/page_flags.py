@@ -26,11 +26,13 @@ PG_active: Final = BIT(6)  # the list it is on, or goes back to, is an active on
 PG_workingset: Final = BIT(7)  # came back soon after reclaim took it
 PG_swapcache: Final = BIT(10)  # in the swap cache; `private` is its slot
 PG_reserved: Final = BIT(12)  # the allocator never owns it: zero page, ZONE_DEVICE
+PG_private: Final = BIT(13)  # `private` is the row of its buffer heads
 PG_writeback: Final = BIT(15)  # being written to its backing store
 PG_anon_exclusive: Final = BIT(17)  # the one process that maps it owns it; since v5.19
 PG_swapbacked: Final = BIT(18)  # its home is swap: anonymous memory and tmpfs
 PG_unevictable: Final = BIT(19)  # reclaim must not look at it
 PG_mlocked: Final = BIT(20)  # some VMA that maps it is VM_LOCKED
+PG_hwpoison: Final = BIT(22)  # its contents are lost: nobody maps it or will be given it
 
 # What a page that goes back to the allocator may not carry.
 PAGE_FLAGS_CHECK_AT_FREE: Final = word(

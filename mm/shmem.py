@@ -33,6 +33,7 @@ from mm.fs import (
 )
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.mempolicy import Mempolicy, alloc_pages_mpol, get_task_policy
+from mm.migrate import migrate_file_page
 from mm.page_cache import (
     charge_cache_pages,
     find_lock_pages,
@@ -67,7 +68,18 @@ from mm.types import (
     VmOperations,
     vma_pages,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, pages, word
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Faults,
+    Indices,
+    Mask,
+    Payload,
+    Pfns,
+    pages,
+    word,
+)
 from mm.vectors import every, places, some
 from mm.xarray import MAX_INDEX, Entries, xa_is_value, xa_mk_value, xa_to_value
 
@@ -247,6 +259,7 @@ def shmem_undo_range(mapping: AddressSpace, start: int, end: int) -> None:
         pfns, faults = shmem_getpage(mapping, index, SgpType.READ)
         while faults.item() & VmFault.RETRY:
             pfns, faults = shmem_getpage(mapping, index, SgpType.READ)
+        set_page_dirty(mapping.mem, pfns[pfns >= 0])
         zero_partial_page(mapping, pfns[pfns >= 0], offset % PAGE_SIZE, nbytes)
 
 
@@ -303,19 +316,20 @@ def shmem_swap_usage(vma: Vma) -> int:
 # Files ------------------------------------------------------------------------------------------
 
 
-def shmem_file_read(file: File, pos: int, nbytes: int) -> bytes:
-    """Up to *nbytes* from *pos* on; holes stay holes. Linux: shmem_file_read_iter()."""
+def shmem_file_read(file: File, pos: int, out: Payload) -> int:
+    """Fill *out*, uint8[n], from *pos* on; holes stay holes. Linux: shmem_file_read_iter()."""
     mapping, mem = file.f_mapping, file.f_inode.mem
-    out = np.zeros(max(min(nbytes, file.size - pos), 0), dtype=np.uint8)
+    out[:] = 0
     last = (pos + out.size - 1) >> PAGE_SHIFT if out.size else -1
     for first in range(pos >> PAGE_SHIFT, last + 1, _BLOCK):
-        indexes, _ = mapping.i_pages.find(first, min(first + _BLOCK, last + 1))
+        with mem.locks.atomic:
+            indexes, _ = mapping.i_pages.find(first, min(first + _BLOCK, last + 1))
         pfns = _get_unlocked(mapping, indexes, SgpType.READ)
         there = pfns >= 0
         copy_pages_to(out, pos, mem, pfns[there], indexes[there])
         mark_page_accessed(mem, pfns[there])
         put_page(mem, pfns[there])
-    return out.tobytes()
+    return out.size
 
 
 def _get_unlocked(mapping: AddressSpace, indexes: Indices, sgp: SgpType) -> Pfns:
@@ -457,6 +471,7 @@ shmem_aops: Final = AddressSpaceOperations(
     writepage=shmem_writepage,
     write_begin=shmem_write_begin,
     write_end=shmem_write_end,
+    migratepage=migrate_file_page,
 )
 shmem_vm_ops: Final = VmOperations(
     fault=shmem_fault, map_pages=filemap_map_pages, set_policy=shmem_set_policy

@@ -14,21 +14,21 @@ from typing import TypeAlias
 
 import numpy as np
 
-from mm.filemap import unlock_page
+from mm.filemap import trylock_page, unlock_page
 from mm.fs import MAX_LFS_FILESIZE, Inode
 from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_cache import (
     cancel_dirty_page,
     delete_from_page_cache,
     find_lock_pages,
-    set_page_dirty,
 )
-from mm.page_flags import PG_dirty
-from mm.swap import put_page
+from mm.page_flags import PG_dirty, PG_writeback
+from mm.swap import get_page, lru_add_drain_all, put_page
 from mm.types import AddressSpace, vma_pages
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Pfns, pages
-from mm.vectors import has, places, some, stretches
-from mm.xarray import Entries, xa_is_value
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, pages
+from mm.vectors import every, has, some, stretches
+from mm.writeback import wait_on_page_writeback
+from mm.xarray import MAX_INDEX, Entries, xa_is_value
 from mm.zap import zap_page_range
 
 # Forgets entries that are values, at their indexes.
@@ -83,13 +83,15 @@ def zero_partial_page(mapping: AddressSpace, pfns: Pfns, offset: int, nbytes: in
     mem = mapping.mem
     if not pfns.size:
         return
-    if mem.payload is not None:
-        mem.payload[pfns, offset : offset + nbytes] = 0
-    if mapping.a_ops.invalidatepage is not None:
-        mapping.a_ops.invalidatepage(mapping, pfns, offset, nbytes)
-    set_page_dirty(mem, pfns)
-    unlock_page(mem, pfns)
-    put_page(mem, pfns)
+    try:
+        wait_on_page_writeback(mem, pfns)
+        if mem.payload is not None:
+            mem.payload[pfns, offset : offset + nbytes] = 0
+        if mapping.a_ops.invalidatepage is not None:
+            mapping.a_ops.invalidatepage(mapping, pfns, offset, nbytes)
+    finally:
+        unlock_page(mem, pfns)
+        put_page(mem, pfns)
 
 
 def truncate_whole_pages(mapping: AddressSpace, start: int, end: int, forget: Forget) -> None:
@@ -102,7 +104,8 @@ def truncate_whole_pages(mapping: AddressSpace, start: int, end: int, forget: Fo
     if mapping.i_pages.empty or first >= stop:
         return
     while True:
-        indexes, entries = mapping.i_pages.find(first, stop)
+        with mapping.mem.locks.atomic:
+            indexes, entries = mapping.i_pages.find(first, stop)
         if not indexes.size:
             return
         values = xa_is_value(entries)
@@ -120,13 +123,16 @@ def truncate_pages(mapping: AddressSpace, pfns: Pfns) -> None:
     mem = mapping.mem
     if not pfns.size:
         return
-    unmap_mapping_pages(mapping, pfns)
-    if mapping.a_ops.invalidatepage is not None:
-        mapping.a_ops.invalidatepage(mapping, pfns, 0, PAGE_SIZE)
-    cancel_dirty_page(mapping, pfns)
-    delete_from_page_cache(mem, pfns)
-    unlock_page(mem, pfns)
-    put_page(mem, pfns)
+    try:
+        unmap_mapping_pages(mapping, pfns)
+        wait_on_page_writeback(mem, pfns)
+        if mapping.a_ops.invalidatepage is not None:
+            mapping.a_ops.invalidatepage(mapping, pfns, 0, PAGE_SIZE)
+        cancel_dirty_page(mapping, pfns)
+        delete_from_page_cache(mem, pfns)
+    finally:
+        unlock_page(mem, pfns)
+        put_page(mem, pfns)
 
 
 def unmap_mapping_pages(mapping: AddressSpace, pfns: Pfns) -> None:
@@ -168,18 +174,52 @@ def invalidate_inode_pages2_range(mapping: AddressSpace, start: int, end: int) -
     """
     mem = mapping.mem
     first, stop = start >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
-    indexes, entries = mapping.i_pages.find(first, stop)
+    with mem.locks.atomic:
+        indexes, entries = mapping.i_pages.find(first, stop)
     values = xa_is_value(entries)
     clear_shadow_entries(mapping, indexes[values], entries[values])
     found = find_lock_pages(mapping, indexes[~values])
     pfns = found[found >= 0]
-    unmap_mapping_pages(mapping, pfns)
-    held = ~has(mem.flags[pfns], PG_dirty)
+    try:
+        unmap_mapping_pages(mapping, pfns)
+        wait_on_page_writeback(mem, pfns)
+        free = invalidate_complete_pages(mapping, pfns)
+    finally:
+        unlock_page(mem, pfns)
+        put_page(mem, pfns)
+    return every(free)
+
+
+def invalidate_complete_pages(mapping: AddressSpace, pfns: Pfns) -> Mask:
+    """Drop those of *pfns*, locked and with a reference, that are clean and that nobody holds.
+
+    True where one is gone. Linux: invalidate_complete_page(), mm/truncate.c.
+    """
+    mem = mapping.mem
+    free = ~has(mem.flags[pfns], PG_dirty)
     if mapping.a_ops.releasepage is not None:
-        held[held] = mapping.a_ops.releasepage(mapping, pfns[held])
+        free[free] = mapping.a_ops.releasepage(mapping, pfns[free])
     with mem.locks.atomic:
-        free = held & (mem.refcount[pfns] == 2)  # the cache's and ours
-        delete_from_page_cache(mem, pfns[places(free)])
+        free &= mem.refcount[pfns] == 2  # the cache's and ours
+        delete_from_page_cache(mem, pfns[free])
+    return free
+
+
+def invalidate_mapping_pages(mapping: AddressSpace) -> int:
+    """Drop the pages of a file that nobody needs at the moment; how many those were.
+
+    What is dirty, under way, mapped, locked or held otherwise stays.
+    Linux: invalidate_mapping_pages(), mm/truncate.c, as drop_caches calls it.
+    """
+    mem = mapping.mem
+    lru_add_drain_all(mem)
+    with mem.locks.atomic:
+        indexes, entries = mapping.i_pages.find(0, MAX_INDEX)
+        indexes, pfns = indexes[entries > 0], entries[entries > 0]
+        pfns = pfns[trylock_page(mem, pfns)]
+        get_page(mem, pfns)
+    idle = (mem.mapcount[pfns] == 0) & ~has(mem.flags[pfns], PG_writeback)
+    gone = invalidate_complete_pages(mapping, pfns[idle])
     unlock_page(mem, pfns)
     put_page(mem, pfns)
-    return bool(free.all())
+    return int(np.count_nonzero(gone))

@@ -16,6 +16,7 @@ Indices: TypeAlias = NDArray[np.int64]  # places in another vector, or in the ta
 Slots: TypeAlias = NDArray[np.int64]  # places in the swap area
 Ptes: TypeAlias = NDArray[np.uint64]  # page-table entries
 Mask: TypeAlias = NDArray[np.bool_]
+Errnos: TypeAlias = NDArray[np.int32]  # for each page or block 0, or a negative errno
 Faults: TypeAlias = NDArray[np.uint16]  # a VmFault word for each address
 Payload: TypeAlias = NDArray[np.uint8]  # contents, uint8[pages, 4096]
 Word: TypeAlias = NDArray[np.uint64]  # one word, uint64[]: a flag, a mask, a shift

@@ -24,6 +24,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.buffer import try_to_release_page
 from mm.filemap import trylock_page, unlock_page
 from mm.locking import preempt
 from mm.mem_cgroup import MemCgroup, mem_cgroup_tree
@@ -35,10 +36,12 @@ from mm.page_flags import (
     PG_active,
     PG_dirty,
     PG_mlocked,
+    PG_private,
     PG_referenced,
     PG_swapbacked,
     PG_swapcache,
     PG_workingset,
+    PG_writeback,
 )
 from mm.page_io import swap_writepage
 from mm.rmap import page_mapped, page_referenced, try_to_unmap_to_swap
@@ -292,9 +295,12 @@ def shrink_page_list(mem: MemMap, pfns: Pfns, *, ignore_references: bool = False
     going = locked[~has(mem.flags[locked], PG_mlocked)]
     if not ignore_references:
         going = _unreferenced(mem, going)
+    if mem.vmstat["nr_writeback"]:
+        going = _go_on(mem, going, ~has(mem.flags[going], PG_writeback))
     going = _with_a_slot(mem, going)
     going = _unmapped(mem, going)
     going = pageout(mem, going)
+    going = _released(mem, going)
     freed = remove_mapping(mem, going)
     unlock_page(mem, locked)
     kept = pfns if not freed.size else pfns[~np.isin(pfns, freed, assume_unique=True)]
@@ -392,13 +398,27 @@ def _write_files(mem: MemMap, pfns: Pfns) -> Pfns:
     if not some(dirty):
         return pfns
     may = ~dirty
-    freeable = places(dirty & (mem.refcount[pfns] == 2))  # the cache's and ours
-    for mapping, mine in by_mapping(mem, pfns[freeable]):
+    held = mem.refcount[pfns] - has(mem.flags[pfns], PG_private) > 2  # not the cache's, nor ours
+    for mapping, mine in by_mapping(mem, pfns[dirty & ~held]):
+        written = np.zeros(mine.size, dtype=np.bool_)
         if mapping.a_ops.writepage is not None:
             written = mapping.a_ops.writepage(mapping, mine)
             may[np.isin(pfns, mine[written])] = True
-            _activate(mem, mine[~written])
+        _activate(mem, mine[~written & ~has(mem.flags[mine], PG_writeback)])
     return pfns[may]
+
+
+def _released(mem: MemMap, pfns: Pfns) -> Pfns:
+    """Have files let go of what they know of their *pfns*; go on with those that need nothing.
+
+    Linux: shrink_page_list(), about page_has_private().
+    """
+    may = np.ones(pfns.size, dtype=np.bool_)
+    if mem.buffers.in_use:
+        private = has(mem.flags[pfns], PG_private)
+        for mapping, mine in by_mapping(mem, pfns[private]):
+            may[np.isin(pfns, mine[~try_to_release_page(mapping, mine)])] = False
+    return _go_on(mem, pfns, may)
 
 
 def remove_mapping(mem: MemMap, pfns: Pfns) -> Pfns:

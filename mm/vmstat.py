@@ -27,11 +27,15 @@ VMSTAT_NAMES: Final = (
     "nr_file_pages",  # pages of the page cache, the swap cache included
     "nr_dirty",  # pages of files whose contents are not on disk yet
     "nr_writeback",  # pages of files on their way to disk
+    "nr_dirtied",  # pages that became dirty since boot, and that were written: they only rise
+    "nr_written",
     "nr_shmem",  # pages of the page cache whose home is swap: tmpfs and shared anonymous memory
     "nr_swapcached",  # pages in the swap cache
     "nr_page_table_pages",
     "nr_foll_pin_acquired",  # pins taken since boot: this one and the next only rise
     "nr_foll_pin_released",
+    "pgpgin",  # KiB that block devices read, and wrote
+    "pgpgout",
     "pgalloc_dma",
     "pgalloc_dma32",
     "pgalloc_normal",

@@ -86,7 +86,7 @@ class TestCache:
         with spoiled(world.machine.mem.private, pfn, 2):
             (line,) = complaints(world.machine)
 
-        assert f"private: page {pfn:#x}: only a driver or the swap cache has a use for it" == line
+        assert f"private: page {pfn:#x}: neither a driver, nor swap, nor buffers use it" == line
 
     def test_number_of_pages(self, world):
         """It is counted twice."""

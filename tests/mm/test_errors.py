@@ -25,6 +25,14 @@ class TestErrno:
             (mm.PageHeld, errno.EBUSY),
             (mm.InputOutputError, errno.EIO),
             (mm.Deadlock, errno.EDEADLK),
+            (mm.NoEntry, errno.ENOENT),
+            (mm.Exists, errno.EEXIST),
+            (mm.NoSuchProcess, errno.ESRCH),
+            (mm.TimedOut, errno.ETIMEDOUT),
+            (mm.NoSpace, errno.ENOSPC),
+            (mm.FileTooLarge, errno.EFBIG),
+            (mm.NotExecutable, errno.ENOEXEC),
+            (mm.Corrupted, 117),
         ],
     )
     def test_wrong_call(self, error, code):

@@ -1,13 +1,19 @@
 """Files on disk, by way of the page cache."""
 
+import errno
+from dataclasses import replace
+
 import pytest
 
 from mm import PAGE_SIZE, BusError, Machine
-from mm.errors import InputOutputError, OutOfMemory
+from mm.errors import InputOutputError, InvalidArgument, NotExecutable, OutOfMemory
+from mm.filemap_io import generic_file_mmap
 from mm.fs import PAGECACHE_TAG_DIRTY
 from mm.page_flags import PG_active, PG_referenced
 from mm.swap import lru_add_drain_all
+from mm.vectors import some
 from mm.vmscan import reclaim_pages
+from mm.writeback import WB_SYNC_ALL, WritebackControl, write_cache_pages
 from mm.xarray import MAX_INDEX
 from tests.files import disk_file
 from tests.world import mapped_range
@@ -63,8 +69,9 @@ class TestRead:
         mem = world.machine.mem
         file.read(0, 1)
         lru_add_drain_all(mem)
-        (pfn,) = cached(file)[1].tolist()
+        pfn, *ahead = cached(file)[1].tolist()
         assert mem.flags[pfn] & PG_referenced
+        assert not some(mem.flags[ahead] & PG_referenced)
 
         file.read(0, 1)
 
@@ -76,7 +83,7 @@ class TestRead:
         machine = Machine(("1MiB",))
         process = machine.spawn()
         with pytest.raises(OutOfMemory):
-            process.touch(process.mmap("2MiB"), "2MiB")
+            process.touch(process.mmap("2MiB", flags="anon|private|noreserve"), "2MiB")
         file, _ = disk_file(machine, DATA)
 
         with pytest.raises(OutOfMemory, match="read: no frame for a page"):
@@ -110,7 +117,7 @@ class TestWrite:
         reclaim_pages(mem, cached(file)[1])
 
         with mem.vmstat.counting("workingset_refault") as delta:
-            file.read(0, 1)
+            file.read(2 * PAGE_SIZE, 1)  # out of order: nothing is read ahead
 
         assert {"workingset_refault": 1} == delta
 
@@ -152,7 +159,8 @@ class TestFault:
             world.process.write(addr + 2 * PAGE_SIZE, b"yy")
 
         assert [[0], [2]] == disk.mkwrites
-        assert ([0, 2], 2) == (cached(file)[0], world.machine.vmstat["nr_dirty"])
+        assert [0, 2] == file.f_mapping.i_pages.find(0, 9, PAGECACHE_TAG_DIRTY)[0].tolist()
+        assert 2 == world.machine.vmstat["nr_dirty"]
         assert b"xx" + DATA[2:4] == file.read(0, 4)
 
     def test_file_that_refuses(self, world, on_disk):
@@ -177,3 +185,137 @@ class TestFault:
 
         assert [[0, 1, 2, 3]] == disk.reads
         assert [True] * 4 + [False] * 12 == world.process.mincore(addr, "64KiB").tolist()
+
+
+class TestReadAhead:
+    def test_from_the_beginning(self, world):
+        """Who reads a file in order gets a window more each time."""
+        file, disk = disk_file(world.machine, bytes(100 * PAGE_SIZE))
+
+        for page in range(40):
+            file.read(page * PAGE_SIZE, PAGE_SIZE)
+
+        assert [list(range(33)), list(range(33, 66))] == disk.reads
+
+    def test_out_of_order(self, world):
+        """Who jumps about gets what is asked for."""
+        file, disk = disk_file(world.machine, bytes(100 * PAGE_SIZE))
+
+        for page in (50, 7, 90):
+            file.read(page * PAGE_SIZE, 2 * PAGE_SIZE)
+
+        assert [[50, 51], [7, 8], [90, 91]] == disk.reads
+
+    @pytest.mark.parametrize(
+        ("advice", "pages"),
+        [("normal", range(34, 66)), ("sequential", range(50, 82)), ("random", range(50, 51))],
+    )
+    def test_fault(self, world, advice, pages):
+        """A mapping's fault reads what is around it, or after it, or nothing else."""
+        file, disk = disk_file(world.machine, bytes(100 * PAGE_SIZE))
+        addr = world.process.mmap(100 * PAGE_SIZE, file=file)
+        world.process.madvise(addr, 100 * PAGE_SIZE, advice)
+
+        world.process.read(addr + 50 * PAGE_SIZE, 1)
+
+        assert [list(pages)] == disk.reads
+        assert 1 == world.process.maj_flt
+
+    def test_page_that_cannot_be_read(self, world):
+        """Read ahead it is nobody's trouble."""
+        file, disk = disk_file(world.machine, bytes(100 * PAGE_SIZE))
+        disk.bad = {7}
+
+        assert bytes(PAGE_SIZE) == file.read(0, PAGE_SIZE)
+        assert 7 not in cached(file)[0]
+        world.machine.verify()
+
+    def test_readinto(self, world, on_disk):
+        """A buffer is filled as far as the file goes; one that cannot be written is refused."""
+        buffer = bytearray(len(DATA) + 10)
+        assert len(DATA) - 100 == on_disk[0].readinto(100, buffer)
+        assert DATA[100:] + bytes(110) == buffer
+        assert 0 == on_disk[0].readinto(len(DATA) + 5, buffer)
+        with pytest.raises(InvalidArgument):
+            on_disk[0].readinto(0, b"constant")
+
+
+class TestTables:
+    def file(self, world, **changes):
+        """A file on disk whose operations are changed."""
+        file, disk = disk_file(world.machine, DATA)
+        file.f_mapping.a_ops = replace(file.f_mapping.a_ops, **changes)
+        return file, disk
+
+    def test_no_readpages(self, world):
+        """A file that cannot be read by pages cannot be mapped."""
+        file, _ = self.file(world, readpages=None)
+        file.f_op = replace(file.f_op, mmap=generic_file_mmap)
+
+        with pytest.raises(NotExecutable) as caught:
+            world.process.mmap(PAGE_SIZE, file=file)
+
+        assert errno.ENOEXEC == caught.value.errno
+        assert 1 == file.f_count
+
+    def test_generic_mmap(self, world, on_disk):
+        """A mapping of the usual kind: loads, stores, and the page is dirty."""
+        file, _ = on_disk
+        file.f_op = replace(file.f_op, mmap=generic_file_mmap)
+        addr = world.process.mmap(len(DATA), file=file)
+
+        world.process.write(addr + 5, b"new")
+
+        assert DATA[:5] + b"new" == file.read(0, 8)
+        assert [0] == file.f_mapping.i_pages.find(0, 9, PAGECACHE_TAG_DIRTY)[0].tolist()
+
+    def test_no_writepage(self, world):
+        """What is dirty stays so: neither sync nor reclaim nor migration can do anything."""
+        file, _ = self.file(world, writepage=None)
+        addr = world.process.mmap(len(DATA), file=file)
+        world.process.write(addr, b"new")
+        mem = world.machine.mem
+        lru_add_drain_all(mem)
+
+        write_cache_pages(file.f_mapping, WritebackControl(WB_SYNC_ALL))
+        assert len(cached(file)[0]) - 1 == reclaim_pages(mem, cached(file)[1])
+        assert [0] == cached(file)[0]
+        assert mem.flags[cached(file)[1]] & PG_active
+        assert 1 == mem.vmstat["nr_dirty"]
+
+
+class TestFallbackMigratePage:
+    @pytest.fixture
+    def world(self):
+        return mapped_range(pages=1, nodes=("16MiB", "16MiB"))
+
+    def test_dirty_pages_are_written_first(self, world, on_disk):
+        """Then they move as clean ones do."""
+        file, disk = on_disk
+        addr = world.process.mmap(len(DATA), file=file)
+        world.process.read(addr, len(DATA))
+        world.process.write(addr, b"new")
+
+        assert [1, 1] == world.process.move_pages([addr, addr + PAGE_SIZE], [1, 1]).tolist()
+
+        assert b"new" == disk.data[0, :3].tobytes()
+        assert 0 == world.machine.vmstat["nr_dirty"]
+        assert b"new" == world.process.read(addr, 3)
+        world.machine.verify()
+
+    def test_no_writepage(self, world, on_disk):
+        """A dirty page of a file that cannot be written stays; a clean one moves."""
+        file, _ = on_disk
+        file.f_mapping.a_ops = replace(file.f_mapping.a_ops, writepage=None)
+        addr = world.process.mmap(len(DATA), file=file)
+        world.process.read(addr, len(DATA))
+        world.process.write(addr, b"new")
+
+        with world.machine.vmstat.counting("pgmigrate_success", "pgmigrate_fail") as delta:
+            world.process.move_pages([addr, addr + PAGE_SIZE], [1, 1])
+
+        _, pfns = cached(file)
+        assert [0, 1] == world.machine.mem.page_to_nid(pfns[:2]).tolist()
+        assert {"pgmigrate_success": 1, "pgmigrate_fail": 1} == delta
+        assert b"new" == world.process.read(addr, 3)
+        world.machine.verify()
