@@ -21,7 +21,7 @@ from mm.filemap import lock_page, trylock_page, unlock_page
 from mm.fs import i_pages_end
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import copy_highpages
-from mm.mempolicy import alloc_pages_vma
+from mm.mempolicy import alloc_charged_pages
 from mm.page_cache import find_get_pages, pages_at, set_page_dirty
 from mm.page_flags import PG_uptodate
 from mm.pgtable import PTRS_PER_PTE, mk_pte, pte_none, pte_pfn, pte_present, pte_write
@@ -181,7 +181,7 @@ def do_cow_fault(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
     assert vma.vm_ops is not None
     mm, mem, cpu = vma.vm_mm, vma.vm_mm.mem, current_task().cpu
     anon_vma_prepare(vma)
-    new = alloc_pages_vma(vma, addrs, GFP_HIGHUSER_MOVABLE)
+    new = alloc_charged_pages(vma, addrs, GFP_HIGHUSER_MOVABLE)
     faults = np.full(addrs.size, VmFault.RETRY if new.size else VmFault.OOM, dtype=np.uint16)
     addrs, at = addrs[: new.size], at[: new.size]
     try:

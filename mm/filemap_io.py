@@ -23,6 +23,7 @@ from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.mempolicy import alloc_pages_current
 from mm.page_cache import (
     add_to_page_cache_lru,
+    charge_cache_pages,
     delete_from_page_cache,
     find_get_pages,
     find_lock_pages,
@@ -70,6 +71,7 @@ def _find_or_create_pages(mapping: AddressSpace, indexes: Indices) -> tuple[Pfns
     absent = places(pfns < 0)
     if absent.size:
         frames = alloc_pages_current(mem, GFP_HIGHUSER_MOVABLE, absent.size)
+        frames = charge_cache_pages(mem, frames, current_task().mm)
         faults[absent] = VmFault.RETRY if frames.size else VmFault.OOM
         absent = absent[: frames.size]
         added = add_to_page_cache_lru(mapping, frames, indexes[absent])
@@ -208,6 +210,7 @@ def do_page_cache_readahead(mapping: AddressSpace, first: int, stop: int) -> Non
     indexes = np.arange(first, min(stop, i_pages_end(mapping.host)))
     indexes = indexes[mapping.i_pages.load(indexes) <= 0]
     frames = alloc_pages_current(mem, GFP_READAHEAD, indexes.size)
+    frames = charge_cache_pages(mem, frames, current_task().mm)
     if not frames.size:
         return
     added = add_to_page_cache_lru(mapping, frames, indexes[: frames.size])

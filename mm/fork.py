@@ -22,7 +22,7 @@ from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
-from mm.memory import alloc_charged_pages
+from mm.mempolicy import alloc_charged_pages
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range

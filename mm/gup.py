@@ -150,14 +150,15 @@ def check_vma_flags(vma: Vma, gup_flags: int) -> bool:
     """True where *vma* allows the access, or FOLL_FORCE may pass over what it forbids.
 
     Unlike a CPU's, an access for reading wants the right to read: that to write does not do.
-    Linux: check_vma_flags(), mm/gup.c.
+    Unlike Linux v4.20, nobody may have pages of a file for long, to store to, that wants to hear of
+    stores (6.5). Linux: check_vma_flags(), mm/gup.c.
     """
     flags, force = vma.vm_flags, gup_flags & FOLL_FORCE
     if flags & (VM_IO | VM_PFNMAP):
         return False
     if gup_flags & FOLL_WRITE:
         if gup_flags & FOLL_LONGTERM and flags & VM_SHARED and _tracks_dirty(vma):
-            return False  # its file would never hear of the stores
+            return False
         return bool(flags & VM_WRITE or (force and is_cow_mapping(vma)))
     return bool(flags & VM_READ or (force and flags & VM_MAYREAD))
 

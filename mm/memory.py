@@ -26,8 +26,7 @@ from mm.fault_file import do_fault, wp_page_shared
 from mm.filemap import page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
-from mm.memcontrol import cancel_charge, commit_charge, mem_cgroup_precharge
-from mm.mempolicy import alloc_pages_vma
+from mm.mempolicy import alloc_charged_pages
 from mm.migrate import migration_entry_wait
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_anon_exclusive, PG_uptodate
@@ -78,7 +77,7 @@ from mm.types import (
     maybe_mkwrite,
     page_anon,
 )
-from mm.typing import NO_PAGES, PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, pages, word
+from mm.typing import PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, pages, word
 from mm.vectors import every, has, pieces, places, some, stretches
 
 _WRITTEN: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
@@ -218,25 +217,6 @@ def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
     faults = np.zeros(addrs.size, dtype=np.uint16)
     faults[pfns.size :] = VmFault.RETRY if pfns.size else VmFault.OOM
     return pfns, faults
-
-
-def alloc_charged_pages(vma: Vma, addrs: Addresses, gfp: int) -> Pfns:
-    """As alloc_pages_vma(), with the group of the process paying, and no more pages than it can.
-
-    Linux: folio_prealloc(), mm/memory.c, v6.8.
-    """
-    mm, mem = vma.vm_mm, vma.vm_mm.mem
-    if mm.memcg is None:
-        return alloc_pages_vma(vma, addrs, gfp)
-    memcg, room = mem_cgroup_precharge(mm, addrs.size, gfp)
-    pfns = NO_PAGES
-    try:
-        if room:
-            pfns = alloc_pages_vma(vma, addrs[:room], gfp)
-    finally:
-        commit_charge(mem, pfns, memcg)
-        cancel_charge(memcg, room - pfns.size)
-    return pfns
 
 
 def _map_new_pages(vma: Vma, addrs: Addresses, at: Indices, pfns: Pfns, entries: Ptes) -> None:

@@ -24,10 +24,11 @@ import numpy as np
 
 from mm.errors import InvalidArgument
 from mm.gfp import Gfp
+from mm.memcontrol import cancel_charge, commit_charge, mem_cgroup_precharge
 from mm.page_alloc import Nodes, alloc_pages_bulk
 from mm.sched import Task, current_task
 from mm.types import VM_IO, VM_PFNMAP, MemMap, Vma, linear_page_index
-from mm.typing import Addresses, Indices, Pfns
+from mm.typing import NO_PAGES, Addresses, Indices, Pfns
 from mm.vectors import distinct, joined, places
 
 MAX_NUMNODES: Final = 1 << 10  # numbers that a node may have, whether it is there or not
@@ -119,6 +120,25 @@ def alloc_pages_vma(vma: Vma, addrs: Addresses, gfp: int) -> Pfns:
     if policy is None:
         return _alloc_pages_local(vma.vm_mm.mem, gfp, addrs.size)
     return alloc_pages_mpol(vma.vm_mm.mem, gfp, policy, linear_page_index(vma, addrs))
+
+
+def alloc_charged_pages(vma: Vma, addrs: Addresses, gfp: int) -> Pfns:
+    """As alloc_pages_vma(), with the group of the process paying, and no more pages than it can.
+
+    Linux: folio_prealloc(), mm/memory.c, v6.8.
+    """
+    mm, mem = vma.vm_mm, vma.vm_mm.mem
+    if mm.memcg is None:
+        return alloc_pages_vma(vma, addrs, gfp)
+    memcg, room = mem_cgroup_precharge(mm, addrs.size, gfp)
+    pfns = NO_PAGES
+    try:
+        if room:
+            pfns = alloc_pages_vma(vma, addrs[:room], gfp)
+    finally:
+        commit_charge(mem, pfns, memcg)
+        cancel_charge(memcg, room - pfns.size)
+    return pfns
 
 
 def alloc_pages_current(mem: MemMap, gfp: int, count: int) -> Pfns:

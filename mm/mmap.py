@@ -31,6 +31,7 @@ from mm.types import (
     VM_ACCOUNT,
     VM_LOCKED,
     VM_MAYWRITE,
+    VM_NORESERVE,
     VM_SHARED,
     VM_SOFTDIRTY,
     VM_WRITE,
@@ -96,6 +97,8 @@ def do_mmap(
     if accountable_mapping(vm_flags):
         vm_enough_memory(mm.mem, length >> PAGE_SHIFT, "mmap")
         vm_flags |= VM_ACCOUNT
+    elif file is None and vm_flags & (VM_SHARED | VM_NORESERVE) == VM_SHARED:  # shmem_acct_size()
+        vm_enough_memory(mm.mem, length >> PAGE_SHIFT, "mmap")
     if fixed:
         do_munmap(mm, addr, length)
     end, pgoff = addr + length, addr >> PAGE_SHIFT

@@ -19,10 +19,12 @@ import numpy as np
 from mm.errors import KernelBug
 from mm.filemap import lock_new_page, lock_page, unlock_page
 from mm.fs import PAGECACHE_TAG_DIRTY
+from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.memcontrol import mem_cgroup_try_charge
 from mm.page_flags import PG_dirty, PG_swapbacked
 from mm.sched import current_task
 from mm.swap import get_page, lru_cache_add, put_page
-from mm.types import PAGE_MAPPING_ANON, AddressSpace, MemMap
+from mm.types import PAGE_MAPPING_ANON, AddressSpace, MemMap, MmStruct
 from mm.typing import Indices, Mask, Pfns, number, word
 from mm.vectors import distinct, every, has, places, rows, some
 from mm.workingset import workingset_refault
@@ -102,6 +104,19 @@ def pages_at(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:
 
 
 # Enter and leave --------------------------------------------------------------------------------
+
+
+def charge_cache_pages(mem: MemMap, frames: Pfns, mm: MmStruct | None) -> Pfns:
+    """Those of fresh *frames*, for a cache, that the group of *mm* has room for; the first ones.
+
+    The others are freed. Linux: mem_cgroup_try_charge() in __add_to_page_cache_locked() and
+    shmem_getpage_gfp(), mm/filemap.c, mm/shmem.c.
+    """
+    if mm is None or mm.memcg is None:
+        return frames
+    may = mem_cgroup_try_charge(mm, frames, GFP_HIGHUSER_MOVABLE)
+    put_page(mem, frames[~may], current_task().cpu)
+    return frames[may]
 
 
 def page_cache_store(

@@ -85,6 +85,8 @@ def _prot(call: str, prot: str) -> int:
 class Process(Task):
     """A task with its own mm_struct; made by `Machine.spawn()`. Linux: struct task_struct."""
 
+    mm: MmStruct
+
     def __init__(self, mem: MemMap, name: str, cpu: int = 0) -> None:
         super().__init__(name, cpu)
         self.mm = MmStruct(mem, name)

@@ -17,6 +17,7 @@ class Task:
     def __init__(self, name: str, cpu: int = 0) -> None:
         self.name = name
         self.cpu = cpu  # that it runs on: whose node and lists serve its faults
+        self.mm: Any = None  # its MmStruct, whose group pays for the pages of files it reads
         self.mempolicy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the default
         self.il_next = 0  # turns that interleaving has taken, of pages that have no address
         self.min_flt = 0  # faults served without I/O

@@ -35,6 +35,7 @@ from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.mempolicy import Mempolicy, alloc_pages_mpol, get_task_policy
 from mm.migrate import migrate_file_page
 from mm.page_cache import (
+    charge_cache_pages,
     find_lock_pages,
     page_cache_delete,
     page_cache_store,
@@ -61,6 +62,7 @@ from mm.types import (
     AddressSpace,
     AddressSpaceOperations,
     MemMap,
+    MmStruct,
     Vma,
     VmFault,
     VmOperations,
@@ -106,13 +108,17 @@ class ShmemInodeInfo:
 # Pages ------------------------------------------------------------------------------------------
 
 
-def shmem_getpage(mapping: AddressSpace, indexes: Indices, sgp: SgpType) -> tuple[Pfns, Faults]:
+def shmem_getpage(
+    mapping: AddressSpace, indexes: Indices, sgp: SgpType, mm: MmStruct | None = None
+) -> tuple[Pfns, Faults]:
     """The page at each of *indexes* (distinct), locked and with a reference; -1 where none is.
 
-    In the second vector why: SIGBUS beyond the end of the file, or where swap cannot be read; OOM;
+    The group of *mm* pays for new ones, by default that of the task that runs. In the second vector
+    is why there is none: SIGBUS beyond the end of the file, or where swap cannot be read; OOM;
     RETRY where it may be there the next time. MAJOR stands for a page that was read from swap.
     Linux: shmem_getpage_gfp(), mm/shmem.c.
     """
+    mm = current_task().mm if mm is None else mm
     faults = np.zeros(indexes.size, dtype=np.uint16)
     pfns = np.full(indexes.size, -1)
     inside = np.arange(indexes.size)
@@ -129,16 +135,19 @@ def shmem_getpage(mapping: AddressSpace, indexes: Indices, sgp: SgpType) -> tupl
     faults[away[entries > 0]] = VmFault.RETRY  # another thread was first
     if swapped.size:
         values = xa_to_value(entries[entries < 0])
-        pfns[swapped], faults[swapped] = shmem_swapin(mapping, indexes[swapped], values)
+        pfns[swapped], faults[swapped] = shmem_swapin(mapping, indexes[swapped], values, mm)
     if holes.size and sgp is not SgpType.READ:
-        pfns[holes], faults[holes] = _shmem_alloc(mapping, indexes[holes])
+        pfns[holes], faults[holes] = _shmem_alloc(mapping, indexes[holes], mm)
     return pfns, faults
 
 
-def _shmem_alloc(mapping: AddressSpace, indexes: Indices) -> tuple[Pfns, Faults]:
+def _shmem_alloc(
+    mapping: AddressSpace, indexes: Indices, mm: MmStruct | None
+) -> tuple[Pfns, Faults]:
     """Fresh pages of zeros in the holes at *indexes*. Linux: shmem_alloc_and_acct_page()."""
     mem, cpu = mapping.mem, current_task().cpu
     frames = shmem_alloc_pages(mapping, indexes, GFP_HIGHUSER_MOVABLE | Gfp.ZERO)
+    frames = charge_cache_pages(mem, frames, mm)
     faults = np.full(indexes.size, VmFault.RETRY if frames.size else VmFault.OOM, dtype=np.uint16)
     lock_new_page(mem, frames)
     mem.flags[frames] |= _NEW_PAGE
@@ -155,6 +164,7 @@ def _shmem_alloc(mapping: AddressSpace, indexes: Indices) -> tuple[Pfns, Faults]
 def shmem_alloc_pages(mapping: AddressSpace, indexes: Indices, gfp: int) -> Pfns:
     """Frames for *indexes*, by the policies of the file, or else of the task; as many as there are.
 
+    Unlike Linux v4.20, interleaving does not begin at a node by inode number, which nobody knows.
     Linux: shmem_alloc_page(), mm/shmem.c.
     """
     info: ShmemInodeInfo = mapping.host.i_private
@@ -181,7 +191,9 @@ def _in_order(mem: MemMap, own: Indices, frames: list[Pfns]) -> Pfns:
     return found[:count]
 
 
-def shmem_swapin(mapping: AddressSpace, indexes: Indices, slots: Indices) -> tuple[Pfns, Faults]:
+def shmem_swapin(
+    mapping: AddressSpace, indexes: Indices, slots: Indices, mm: MmStruct | None
+) -> tuple[Pfns, Faults]:
     """Bring what is at *indexes* back from *slots*: into the file's cache, dirty, its slot free.
 
     Linux: shmem_swapin_page(), mm/shmem.c.
@@ -191,7 +203,7 @@ def shmem_swapin(mapping: AddressSpace, indexes: Indices, slots: Indices) -> tup
     def new_frames(which: Indices) -> Pfns:
         return shmem_alloc_pages(mapping, indexes[which], GFP_HIGHUSER_MOVABLE)
 
-    found = swapin(mem, slots, new_frames)
+    found = swapin(mem, slots, new_frames, mm)
     pfns, faults = np.where(found.pfns > 0, found.pfns, -1), found.faults.copy()
     got = places(pfns >= 0)
     with mem.locks.atomic:
@@ -265,7 +277,7 @@ def shmem_free_swap(mapping: AddressSpace, indexes: Indices, entries: Entries) -
 
 def shmem_fault(vma: Vma, addrs: Addresses, pgoffs: Indices, write: bool) -> tuple[Pfns, Faults]:
     """The pages that faults at *addrs* want. Linux: shmem_fault(), mm/shmem.c."""
-    return shmem_getpage(vma.vm_file.f_mapping, pgoffs, SgpType.CACHE)
+    return shmem_getpage(vma.vm_file.f_mapping, pgoffs, SgpType.CACHE, vma.vm_mm)
 
 
 def shmem_set_policy(vma: Vma, start: int, end: int, policy: Mempolicy | None) -> None:
@@ -448,7 +460,7 @@ def shmem_swapin_range(mapping: AddressSpace, first: int, stop: int) -> None:
     def new_frames(which: Indices) -> Pfns:
         return shmem_alloc_pages(mapping, indexes[which], GFP_HIGHUSER_MOVABLE)
 
-    pfns = swapin(mapping.mem, slots, new_frames).pfns
+    pfns = swapin(mapping.mem, slots, new_frames, current_task().mm).pfns
     pfns = pfns[pfns > 0]
     unlock_page(mapping.mem, pfns)
     put_page(mapping.mem, pfns)

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from mm import PAGE_SIZE, BusError, Machine
 from mm.errors import InvalidArgument, NotSupported
 from mm.page_flags import PG_dirty, PG_swapbacked
+from mm.sched import running
+from mm.swap import lru_add_drain_all
 from mm.swapops import is_swap_entry
 from mm.types import page_mapping
-from tests.files import mapped_file
+from tests.files import disk_file, mapped_file
 from tests.world import mapped_range
 
 
@@ -436,6 +438,51 @@ class TestMigration:
 
         assert b"device" == world.file.read(PAGE_SIZE, 6)
         assert world.written()[0].tobytes() == world.gpu.read(world.process, world.addr, PAGE_SIZE)
+
+
+class TestControlGroup:
+    def test_who_touches_first_pays(self):
+        """And nobody else, until the page is gone."""
+        world = mapped_file(pages=4, filled=False)
+        cgroup = world.machine.cgroup("train")
+        other = world.shared()
+        world.process.move_to(cgroup)
+
+        other.fill()
+        assert 0 == cgroup.usage
+        world.file.truncate(0)
+        world.file.truncate(world.nbytes)
+        world.fill()
+        other.contents()
+
+        assert 4 * PAGE_SIZE == cgroup.usage
+        world.file.truncate(0)
+        lru_add_drain_all(world.machine.mem)
+        assert 0 == cgroup.usage
+
+    def test_limit(self):
+        """What is too much goes to swap, and comes back by turns."""
+        world = mapped_file(pages=300, filled=False, swap="4MiB")
+        cgroup = world.machine.cgroup("train", limit="512KiB")
+        world.process.move_to(cgroup)
+
+        world.fill()
+
+        assert cgroup.usage <= 512 << 10
+        assert world.intact()
+
+    def test_reads_of_a_file(self):
+        """A process pays for what it has read into the cache."""
+        world = mapped_range(pages=1)
+        cgroup = world.machine.cgroup("train")
+        world.process.move_to(cgroup)
+        file, _ = disk_file(world.machine, bytes(5000))
+        before = cgroup.usage
+
+        with running(world.process):
+            file.read(0, 5000)
+
+        assert 2 * PAGE_SIZE == cgroup.usage - before
 
 
 # Against a model of bytes ------------------------------------------------------------------------
