@@ -6,10 +6,17 @@ driver: use does not make it younger.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
-from mm.typing import Indices
+from mm.errors import InvalidArgument
+from mm.memparse import Size, format_size, memparse
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices
 from mm.vectors import places
+
+MIN_CHUNK: Final = 64 << 10
+MAX_CHUNK: Final = 2 << 20
 
 
 class Chunks:
@@ -49,3 +56,19 @@ class Chunks:
         """The pages of *chunk*."""
         first = chunk * self.size
         return np.arange(first, min(first + self.size, self.npages))
+
+
+def chunk_pages(name: str, chunk: Size | None, npages: int) -> int:
+    """Pages per chunk: as asked, or about a sixteenth of the device within the limits."""
+    if chunk is None:
+        size = MIN_CHUNK
+        while size < MAX_CHUNK and size * 16 < npages * PAGE_SIZE:
+            size *= 2
+        return size >> PAGE_SHIFT
+    size = memparse(chunk)
+    if not MIN_CHUNK <= size <= MAX_CHUNK or size & (size - 1):
+        raise InvalidArgument(
+            f"{name}: chunk={chunk!r}: a chunk is a power of two from "
+            f"{format_size(MIN_CHUNK)} to {format_size(MAX_CHUNK)}"
+        )
+    return size >> PAGE_SHIFT

@@ -42,7 +42,7 @@ from mm.pgtable import (
 )
 from mm.process import Process
 from mm.trace import TracePoint
-from mm.types import VM_FAULT_ERROR, MmStruct, Vma, VmFault
+from mm.types import VM_FAULT_ERROR, VM_FAULT_USERFAULT, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns, Ptes
 from mm.uaccess import access_error, page_range, served_in_vain
 from mm.vectors import every, has, pieces, places, some, stretches
@@ -243,9 +243,7 @@ class Driver(DeviceMemory):
             ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
             ready = pte_present(ptes) & (pte_write(ptes) | (not stores))
             writable = pte_write(ptes[ready]) & ~pte_special(ptes[ready])
-            pfns = pte_pfn(ptes[ready])
-            if table.map(addrs[ready], pfns, writable):
-                set_page_dirty(self.mem, pfns[writable])
+            if table.map(addrs[ready], pte_pfn(ptes[ready]), writable):
                 return ready
         return np.zeros_like(ready)
 
@@ -255,6 +253,8 @@ class Driver(DeviceMemory):
             addr = addrs.item(bad[0])
             if faults[bad[0]] & VmFault.OOM:
                 raise OutOfMemory(f"{self.name}: no frame for the page at {addr:#x}")
+            if faults[bad[0]] & VM_FAULT_USERFAULT:
+                raise BusError(addr, f"{self.name}: no device waits for userland at {addr:#x}")
             raise BusError(addr, f"{self.name}: the contents of the page at {addr:#x} are lost")
 
     def _check_progress(self, mm: MmStruct, rounds: int, addrs: Addresses) -> None:
@@ -297,6 +297,7 @@ class Driver(DeviceMemory):
             loaded[which] = flat[at]
             stores = write[which]
             flat[at[stores]] = words[which[stores]]
+        set_page_dirty(self.mem, pfns[write[now]])
 
     def _stream(
         self,
@@ -319,7 +320,10 @@ class Driver(DeviceMemory):
                 ptes = table.lookup(near)
                 ready = has(ptes, need)
                 used = near.size if every(ready) else int(np.argmin(ready))
-                self._move_prefix(addr, near[:used], pte_pfn(ptes[:used]), move)
+                pfns = pte_pfn(ptes[:used])
+                self._move_prefix(addr, near[:used], pfns, move)
+                if write:
+                    set_page_dirty(self.mem, pfns)
             done += used
             rounds = 0 if used else rounds + 1
             if used < min(batch, near.size):
@@ -361,6 +365,7 @@ class Driver(DeviceMemory):
             views[target][...] = result
         for (_, frames), memory in zip(areas, contents, strict=True):
             self._scatter(memory, frames)
+        set_page_dirty(self.mem, pfns)
 
     def _gather(self, pfns: Pfns) -> Payload:
         """The contents of *pfns* in a row: a view where they lie so, else a copy."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from devices.chunks import Chunks
+from devices.chunks import Chunks, chunk_pages
 from hmm.device_pgtable import DevicePageTable
 from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import (
@@ -31,15 +31,20 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_pfn,
 )
 from hmm.migration import MigrateVma, MigrateVmaSelect
+from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import DriverBug, InvalidArgument, InvalidRange
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.machine import Machine
-from mm.memparse import Size, format_size, memparse
+from mm.memparse import Size, memparse
 from mm.mempolicy import alloc_pages_vma
-from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
+from mm.memremap import (
+    FREE_REFCOUNT,
+    devm_memremap_pages,
+    devm_memunmap_pages,
+    pages_in_use,
+)
 from mm.mmap import find_vma, vmas_in
-from mm.page_cache import set_page_dirty
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
 from mm.process import Process
@@ -62,8 +67,6 @@ from mm.typing import (
 )
 from mm.vectors import distinct, every, has, pieces, places, some
 
-MIN_CHUNK: Final = 64 << 10
-MAX_CHUNK: Final = 2 << 20
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
 
 
@@ -80,7 +83,7 @@ class Direction(Enum):
 
 
 KINDS: Final = {"private": MemoryType.DEVICE_PRIVATE, "public": MemoryType.DEVICE_PUBLIC}
-_SELECT_OWN: Final = {
+SELECT_OWN: Final = {
     MemoryType.DEVICE_PRIVATE: int(MigrateVmaSelect.DEVICE_PRIVATE),
     MemoryType.DEVICE_PUBLIC: int(MigrateVmaSelect.DEVICE_COHERENT),
 }
@@ -156,7 +159,7 @@ class DeviceMemory(ABC):
         self.npages = memparse(memory) >> PAGE_SHIFT
         if not self.npages:
             raise InvalidArgument(f"{name}: memory={memory!r} is less than a page of {PAGE_SIZE}")
-        self.chunk_pages = _chunk_pages(name, chunk, self.npages)
+        self.chunk_pages = chunk_pages(name, chunk, self.npages)
         self.neighbour_pages = max(1, memparse(neighbours) >> PAGE_SHIFT)
         self.zone = devm_memremap_pages(self.mem, self, self.npages)
         self.chunks = Chunks(self.npages, self.chunk_pages)
@@ -207,7 +210,7 @@ class DeviceMemory(ABC):
         moved = Moved()
         mm = process.mm
         with running(process), mm.mmap_sem.read():
-            spans = _vma_spans(mm, addr, memparse(nbytes))
+            spans = vma_spans(mm, addr, memparse(nbytes))
             self._make_room_for(mm, spans)
             for vma, start, end in spans:
                 self._migrate(vma, start, end, Direction.TO_DEVICE, moved)
@@ -246,7 +249,7 @@ class DeviceMemory(ABC):
         moved = Moved()
         mm = process.mm
         with running(process), mm.mmap_sem.read():
-            for vma, start, end in _vma_spans(mm, addr, memparse(nbytes)):
+            for vma, start, end in vma_spans(mm, addr, memparse(nbytes)):
                 self._migrate(vma, start, end, Direction.TO_SYSTEM, moved)
         return moved
 
@@ -276,13 +279,16 @@ class DeviceMemory(ABC):
     def close(self) -> None:
         """Evict everything and take the device away; a second call does nothing.
 
-        Raises Busy, and the device stays, where a page cannot leave, or is just coming.
+        What devices have for themselves of its memory, they give back first. Raises Busy, and the
+        device stays, where a page cannot leave, or is just coming.
         """
         if self.closed:
             return
         with self.mem.locks.atomic:
             self.closed = True  # from now on nothing comes here
         try:
+            if self.type is MemoryType.DEVICE_PUBLIC:
+                restore_exclusive_pages(self.mem, pages_in_use(self.mem, self.zone))
             self.evict(np.arange(self.npages))
             devm_memunmap_pages(self.mem, self.zone)
         except BaseException:
@@ -361,17 +367,7 @@ class DeviceMemory(ABC):
         return table
 
     def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> None:
-        entries = places(is_migrating(src))
-        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
-            self._check_open()
-            self.table_of(mm)
-            pages = self.allocate(entries.size)
-            self._check_allocated(pages, entries.size)
-            self.chunks.take(pages)
-            entries = entries[: pages.size]
-            self._hand_over(dst, entries, self.zone.start_pfn + pages)
-        # The device may store to them, and what MADV_FREE gave up would be dropped all the same.
-        set_page_dirty(self.mem, self.zone.start_pfn + pages)
+        entries, pages = self.take(mm, dst, places(is_migrating(src)))
         if self.mem.payload is None:
             return
         full = is_valid(src[entries])
@@ -383,6 +379,21 @@ class DeviceMemory(ABC):
                 rows = migrate_pfn_to_pfn(src[entries[full]])
                 self.copy_in(pages[full], self.mem.payload, rows)
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
+
+    def take(self, mm: MmStruct, dst: MigratePfns, entries: Indices) -> tuple[Indices, Indices]:
+        """Name free pages in *dst* for *entries*, or for the first of them, of a range of *mm*.
+
+        Which entries got one, and the pages, as numbers from 0.
+        """
+        with self.mem.locks.atomic:  # a device that closes finds no page here, or it in use
+            self._check_open()
+            self.table_of(mm)
+            pages = self.allocate(entries.size)
+            self._check_allocated(pages, entries.size)
+            self.chunks.take(pages)
+            entries = entries[: pages.size]
+            self._hand_over(dst, entries, self.zone.start_pfn + pages)
+        return entries, pages
 
     def _check_allocated(self, pages: Indices, wanted: int) -> None:
         """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
@@ -407,7 +418,7 @@ class DeviceMemory(ABC):
         lost = self.copy_out(pages, self.mem.payload, pfns)
         self.stats.bytes_to_system += entries.size * PAGE_SIZE
         if lost is not None and some(lost):
-            self._give_up(dst, entries[lost], pfns[lost])
+            self.give_up(dst, entries[lost])
 
     def _hand_over(
         self, dst: MigratePfns, entries: Indices, pfns: Pfns, *, referenced: bool = False
@@ -418,8 +429,9 @@ class DeviceMemory(ABC):
         lock_new_page(self.mem, pfns)
         dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
 
-    def _give_up(self, dst: MigratePfns, entries: Indices, pfns: Pfns) -> None:
+    def give_up(self, dst: MigratePfns, entries: Indices) -> None:
         """The contents of *entries* are lost: say so, and free their destinations."""
+        pfns = migrate_pfn_to_pfn(dst[entries])
         unlock_page(self.mem, pfns)
         put_page(self.mem, pfns)
         dst[entries] = MIGRATE_PFN_ERROR
@@ -435,7 +447,7 @@ class DeviceMemory(ABC):
     ) -> None:
         """migrate_vma() over [*start*, *end*), in pieces that suit the cache."""
         to_device = direction is Direction.TO_DEVICE
-        select = _SELECT_SYSTEM if to_device else _SELECT_OWN[self.type]
+        select = _SELECT_SYSTEM if to_device else SELECT_OWN[self.type]
         step = TRANSFER_PAGES << PAGE_SHIFT
         for piece in range(start, end, step):
             stop = min(piece + step, end)
@@ -484,23 +496,7 @@ def _mask(addrs: Addresses, start: int, end: int) -> Mask | None:
     return mask
 
 
-def _chunk_pages(name: str, chunk: Size | None, npages: int) -> int:
-    """Pages per chunk: as asked, or about a sixteenth of the device within the limits."""
-    if chunk is None:
-        size = MIN_CHUNK
-        while size < MAX_CHUNK and size * 16 < npages * PAGE_SIZE:
-            size *= 2
-        return size >> PAGE_SHIFT
-    size = memparse(chunk)
-    if not MIN_CHUNK <= size <= MAX_CHUNK or size & (size - 1):
-        raise InvalidArgument(
-            f"{name}: chunk={chunk!r}: a chunk is a power of two from "
-            f"{format_size(MIN_CHUNK)} to {format_size(MAX_CHUNK)}"
-        )
-    return size >> PAGE_SHIFT
-
-
-def _vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
+def vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
     """[*addr*, *addr* + *nbytes*), rounded to whole pages, cut at VMA borders."""
     start, end = addr & ~(PAGE_SIZE - 1), (addr + nbytes + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
     if nbytes <= 0:

@@ -16,7 +16,7 @@ from mm.mmu_notifier import (
     MmuNotifierRange,
     MmuNotifyEvent,
     mmu_notifier_register,
-    mmu_notifier_unregister,
+    mmu_notifier_unregister_no_release,
 )
 from mm.pagewalk import free_pgtables, walk_page_range
 from mm.pgtable import _PAGE_PRESENT, _PAGE_RW, mk_pte, pte_alloc_each, pte_offset
@@ -141,5 +141,5 @@ class DevicePageTable(DeviceTable):
 
     def close(self) -> None:
         """The device goes: as release(), and listen no more."""
-        mmu_notifier_unregister(self, self.mm)
+        mmu_notifier_unregister_no_release(self, self.mm)
         self.release(self.mm)

@@ -13,21 +13,24 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import InvalidArgument, OutOfMemory
 from mm.filemap import lock_new_page, page_locked, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.locking import cond_resched
 from mm.memparse import Size, memparse
-from mm.memremap import FREE_REFCOUNT, devm_memremap_pages, devm_memunmap_pages
+from mm.memremap import devm_memremap_pages, devm_memunmap_pages, pages_in_use
+from mm.migrate_device import migrate_device_coherent_page
 from mm.mmap import vmas_in
 from mm.page_alloc import alloc_pages_bulk
 from mm.pgtable import pte_offset
 from mm.rmap import rmap_walk
 from mm.sched import current_task
+from mm.swap import get_page
 from mm.swapops import is_device_private_entry, swp_offset
 from mm.types import MemMap, MemoryType, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Pfns
-from mm.vectors import places, some
+from mm.vectors import some
 
 PA_SECTION_SIZE: Final = 128 << 20  # what memory is added in; x86-64
 MAX_TRIES: Final = 10  # to bring back what stays, before it counts as held
@@ -148,7 +151,7 @@ def hmm_devmem_remove(devmem: HmmDevmem) -> None:
     if devmem.removed:
         return
     mem, left, tries = devmem.mem, -1, 0
-    while (used := _used(devmem)).size and tries < MAX_TRIES:
+    while (used := pages_in_use(mem, devmem.zone)).size and tries < MAX_TRIES:
         tries = tries + 1 if used.size == left else 0
         left = used.size
         if tries:
@@ -157,20 +160,25 @@ def hmm_devmem_remove(devmem: HmmDevmem) -> None:
         if locked.size:
             wait_on_page_locked(mem, locked.item(0))
         else:
-            _bring_back(devmem, used[mem.mapcount[used] > 0])
+            _bring_back(devmem, used)
     devm_memunmap_pages(mem, devmem.zone)
     devmem.removed = True
 
 
-def _used(devmem: HmmDevmem) -> Pfns:
-    span = slice(devmem.pfn_first, devmem.pfn_last)
-    return devmem.pfn_first + places(devmem.mem.refcount[span] != FREE_REFCOUNT)
-
-
 def _bring_back(devmem: HmmDevmem, pfns: Pfns) -> None:
-    """Let the driver migrate *pfns* to system memory, wherever they are mapped."""
+    """Migrate those of *pfns* that are mapped to system memory, whoever maps them.
+
+    Private pages by way of the driver, as if CPUs touched them; public ones without its help.
+    """
+    mem = devmem.mem
+    if devmem.type is MemoryType.DEVICE_PUBLIC:
+        restore_exclusive_pages(mem, pfns)
+        mapped = pfns[mem.mapcount[pfns] > 0]
+        get_page(mem, mapped)
+        migrate_device_coherent_page(mem, mapped)
+        return
     where: dict[MmStruct, list[Addresses]] = {}
-    for vma, _, addrs in rmap_walk(devmem.mem, pfns):
+    for vma, _, addrs in rmap_walk(mem, pfns[mem.mapcount[pfns] > 0]):
         where.setdefault(vma.vm_mm, []).append(addrs)
     for mm, found in where.items():
         addrs = np.unique(np.concatenate(found))

@@ -139,11 +139,14 @@ class Dmirror(MmuIntervalNotifier):
     def invalidate(self, invalid: MmuNotifierRange, cur_seq: int) -> bool:
         """Forget a range, unless the device itself migrates it.
 
-        As in the recorded driver, the page after the range is forgotten too.
+        As in the recorded driver, the page after the range is forgotten too; False where it would
+        wait for the mutex, and may not.
         Linux: dmirror_interval_invalidate().
         """
         if invalid.event is MmuNotifyEvent.MIGRATE and invalid.owner is self.device:
             return True
+        if not invalid.blockable and self.mutex.locked():
+            return False
         with self.mutex:
             mmu_interval_set_seq(self, cur_seq)
             self.table.clear(invalid.start, min(invalid.end + PAGE_SIZE, ADDRESS_SPACE))

@@ -29,13 +29,14 @@ from hmm.migrate_pfn import (
     migrate_pfn_to_pfn,
 )
 from hmm.migration import MigrateVma, MigrateVmaSelect
+from mm.device_exclusive import restore_exclusive_pages
 from mm.errors import Busy, OutOfRange
 from mm.filemap import lock_new_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import copy_highpages, reserve_payload
 from mm.machine import Machine
 from mm.mempolicy import alloc_pages_vma
-from mm.memremap import devm_memremap_pages, devm_memunmap_pages
+from mm.memremap import devm_memremap_pages, devm_memunmap_pages, pages_in_use
 from mm.mmzone import PageStack, Zone
 from mm.page_alloc import alloc_pages_bulk
 from mm.pgtable import PMD_SIZE
@@ -292,9 +293,12 @@ class DmirrorDevice:
     def remove_chunks(self) -> None:
         """Evict everything and give the chunks back; the next allocation makes new ones.
 
-        Raises Busy where a page cannot leave; then all is as before, but for what was evicted.
+        What devices have for themselves of it, they give back first. Raises Busy where a page
+        cannot leave; then all is as before, but for what was evicted.
         Linux: dmirror_device_remove_chunks().
         """
+        for chunk in self.chunks if self.public else ():
+            restore_exclusive_pages(self.mem, pages_in_use(self.mem, chunk.zone))
         self.evict()
         if self.free_pages.size != len(self.chunks) * CHUNK_PAGES:
             raise Busy(

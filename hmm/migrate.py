@@ -53,7 +53,7 @@ from mm.memcontrol import (
     mem_cgroup_try_charge,
     mem_cgroup_uncharge,
 )
-from mm.memory import anon_entries, pte_offset_alloc
+from mm.memory import anon_entries, pte_offset_alloc, replace_ptes_notify
 from mm.migrate import migrate_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_cache import page_in_cache
@@ -78,6 +78,7 @@ from mm.swap import (
 from mm.trace import TracePoint
 from mm.types import MemMap, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
+from mm.userfaultfd_k import userfaultfd_missing
 from mm.vectors import distinct, every, has, parted, places, rows, some
 
 _CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
@@ -293,13 +294,21 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
     except OutOfMemory:
         migrate.drop(holes, Stayed.NO_TABLE)
         return
+    if userfaultfd_missing(vma):  # they are userland's to fill
+        migrate.drop(holes, Stayed.USERFAULT)
+        return
     if mem.memcgs:
         may = _charge(migrate, holes, pfns)
         holes, pfns, addrs, at = holes[may], pfns[may], addrs[may], at[may]
         if not holes.size:
             return
     with mmu_notifier_range(
-        mm, addrs.item(0), migrate.end, MmuNotifyEvent.MIGRATE, migrate.pgmap_owner
+        mm,
+        addrs.item(0),
+        migrate.end,
+        MmuNotifyEvent.MIGRATE,
+        migrate.pgmap_owner,
+        only_end=True,
     ):
         with mm.page_table_lock:
             ptes = mem.tables.entries[at]
@@ -312,7 +321,11 @@ def migrate_vma_insert_page(migrate: MigrateVma, holes: Indices) -> None:
                 mem.flags[mapped] |= PG_uptodate
                 page_add_new_anon_rmap(vma, mapped, addrs[kind])
                 mm.anon_rss += mapped.size
-                mem.tables.entries[at[kind]] = anon_entries(vma, mapped)
+                entries = anon_entries(vma, mapped)
+                if mm.notifier_extras:
+                    zero = pte_present(ptes[kind])
+                    replace_ptes_notify(mm, addrs[kind][zero], at[kind][zero], entries[zero])
+                mem.tables.entries[at[kind]] = entries
         lru_cache_add_active(mem, pfns[empty & ~mem.is_zone_device_page(pfns)])
     migrate.drop(holes[~empty], Stayed.RACED)
     if mem.memcgs:

@@ -72,6 +72,7 @@ class Stayed(IntEnum):
     ABORTED = 11  # a callback raised
     NO_TABLE = 12  # a hole for which no page table was to be had
     OVER_LIMIT = 13  # a hole whose process's control group may have no more pages
+    USERFAULT = 14  # a hole that is userland's to fill (userfaultfd)
 
     @property
     def errno(self) -> int:
@@ -94,5 +95,6 @@ _ERRNO: Final = {
     Stayed.ABORTED: -errno.ECANCELED,
     Stayed.NO_TABLE: -errno.ENOMEM,
     Stayed.OVER_LIMIT: -errno.ENOMEM,
+    Stayed.USERFAULT: -errno.EBUSY,
 }
 STAYED_ERRNO: Final = np.array([_ERRNO[reason] for reason in Stayed], dtype=np.int32)

@@ -20,7 +20,7 @@ from mm.mmu_notifier import (
     MmuNotifierRange,
     call_each,
     mmu_notifier_register,
-    mmu_notifier_unregister,
+    mmu_notifier_unregister_no_release,
 )
 from mm.types import MmStruct
 
@@ -204,6 +204,6 @@ def hmm_mirror_unregister(mirror: HmmMirror) -> None:
         last = not hmm.mirrors and hmm.mm.hmm is hmm
         if last:
             hmm.mm.hmm = None
-            mmu_notifier_unregister(hmm, hmm.mm)
+            mmu_notifier_unregister_no_release(hmm, hmm.mm)
     if last:
         hmm.drop_ranges()

@@ -62,6 +62,7 @@ from mm.swapops import (
 )
 from mm.types import (
     VM_FAULT_ERROR,
+    VM_FAULT_USERFAULT,
     VM_IO,
     VM_PFNMAP,
     VM_READ,
@@ -408,5 +409,7 @@ def _serve(walk: HmmVmaWalk, vma: Vma, fault: _Fault) -> None:
 def _fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
     if fault & VmFault.SIGSEGV:
         return SegmentationFault(addr, f"{mm.name}: the fault handler refused {addr:#x}")
+    if fault & VM_FAULT_USERFAULT:
+        return BusError(addr, f"{mm.name}: no device waits for userland, which serves {addr:#x}")
     what = "no frame is free for" if fault & VmFault.OOM else "lost are the contents of"
     return BusError(addr, f"{mm.name}: {what} the page at {addr:#x}")

@@ -7,6 +7,7 @@
 docs/where-is.md says in which file each kernel function has its counterpart.
 """
 
+from mm.cpuset import Cpuset
 from mm.errors import (
     AccessDenied,
     BusError,
@@ -14,7 +15,7 @@ from mm.errors import (
     Corrupted,
     Deadlock,
     DriverBug,
-    FileExists,
+    Exists,
     FileTooLarge,
     HwPoison,
     InputOutputError,
@@ -25,30 +26,36 @@ from mm.errors import (
     NoEntry,
     NoSpace,
     NoSuchNode,
+    NoSuchProcess,
     NotExecutable,
     NotMapped,
     OutOfMemory,
     OutOfRange,
     Overflow,
     PageHeld,
+    PartlyCopied,
     PermissionDenied,
     SegmentationFault,
+    TimedOut,
     TryAgain,
     WouldBlock,
 )
 from mm.machine import Machine
+from mm.mem_cgroup import MemCgroup
 from mm.process import Process
 from mm.typing import PAGE_SIZE
+from mm.userfaultfd import UserfaultFd
+from mm.userfaultfd_k import UffdEvent, UffdMsg
 
 __all__ = [
-    "PAGE_SIZE",
     "AccessDenied",
     "BusError",
     "Busy",
     "Corrupted",
+    "Cpuset",
     "Deadlock",
     "DriverBug",
-    "FileExists",
+    "Exists",
     "FileTooLarge",
     "HwPoison",
     "InputOutputError",
@@ -56,19 +63,27 @@ __all__ = [
     "InvalidRange",
     "KernelBug",
     "Machine",
+    "MemCgroup",
     "Misplaced",
     "NoEntry",
     "NoSpace",
     "NoSuchNode",
+    "NoSuchProcess",
     "NotExecutable",
     "NotMapped",
     "OutOfMemory",
     "OutOfRange",
     "Overflow",
+    "PAGE_SIZE",
     "PageHeld",
+    "PartlyCopied",
     "PermissionDenied",
     "Process",
     "SegmentationFault",
+    "TimedOut",
     "TryAgain",
+    "UffdEvent",
+    "UffdMsg",
+    "UserfaultFd",
     "WouldBlock",
 ]

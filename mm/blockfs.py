@@ -19,7 +19,7 @@ from mm.blkdev import BlockDevice, blkdev_open, blkdev_put
 from mm.blockfs_format import NAME_MAX, Metadata, check_block_size, mkfs, read_super
 from mm.blockfs_inode import BlockInode
 from mm.blockfs_super import BlockSuper
-from mm.errors import Busy, FileExists, InvalidArgument, NoEntry
+from mm.errors import Busy, Exists, InvalidArgument, NoEntry
 from mm.fs import File, ihold, iput
 from mm.memparse import Size, format_size, memparse
 from mm.types import MemMap, payload_of
@@ -65,10 +65,10 @@ class BlockFs:
         return sorted(self.super.names)
 
     def create(self, name: str) -> File:
-        """A new, empty file, open. Raises FileExists, NoSpace, InvalidArgument. Linux: creat(2)."""
+        """A new, empty file, open. Raises Exists, NoSpace, InvalidArgument. Linux: creat(2)."""
         self._check(name)
         if name in self.super.names:
-            raise FileExists(f"{self!r} has a file {name!r} already; open() it")
+            raise Exists(f"{self!r} has a file {name!r} already; open() it")
         self.super.new_file(name)
         return self.open(name)
 

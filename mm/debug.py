@@ -20,6 +20,7 @@ from mm.debug_mm import (
     check_entries,
     check_notifiers,
     check_tables,
+    check_userfaultfds,
     check_vmas,
 )
 from mm.errors import KernelBug
@@ -31,6 +32,7 @@ from mm.page_flags import (
     PG_active,
     PG_anon_exclusive,
     PG_dirty,
+    PG_hwpoison,
     PG_locked,
     PG_lru,
     PG_mlocked,
@@ -118,10 +120,15 @@ def check_counts(mem: MemMap, census: Census) -> Complaints:
     mapcount, refcount = mem.mapcount[pages], mem.refcount[pages]
     tables = census.mapped[pages]
     yield from complain("mapcount", pages, mapcount != tables, "page tables say otherwise")
+    poisoned = (mem.flags[pages] & PG_hwpoison) != 0
     expected = tables + census.taken[pages] + census.held[pages] + mem.is_zone_device_page(pages)
+    expected += poisoned
     yield from complain(
         "refcount", pages, refcount != expected, "not its mappings, pagevecs, pins and caches"
     )
+    yield from complain("flags", pages, poisoned & (mapcount != 0), "poisoned, and yet mapped")
+    if mem.num_poisoned_pages != np.count_nonzero(poisoned):
+        yield f"num_poisoned_pages: says {mem.num_poisoned_pages}, {poisoned.sum()} are"
     unlocked = (mem.flags[pages] & PG_locked) == 0
     yield from complain(
         "flags", pages, (census.waiting[pages] > 0) & unlocked, "migration entries, but not locked"
@@ -152,10 +159,12 @@ def check_flags(mem: MemMap, census: Census) -> Complaints:
     )
     swapbacked, cached = (flags & PG_swapbacked) != 0, (flags & PG_swapcache) != 0
     yield from complain("flags", pages, cached & ~swapbacked, "in the swap cache, not swapbacked")
+    poisoned = (flags & PG_hwpoison) != 0
+    yield from complain("flags", pages, poisoned & (on_list != 0), "poisoned, yet on an LRU list")
     own = (flags & PG_anon_exclusive) != 0
     shared = census.mapped[pages] + census.taken[pages] > 1
     yield from complain("flags", pages, own & shared, "shared, yet exclusive")
-    pinned = (census.held[pages] >= GUP_PIN_COUNTING_BIAS) & page_anon(mem, pages)
+    pinned = (census.held[pages] >= GUP_PIN_COUNTING_BIAS) & page_anon(mem, pages) & ~poisoned
     yield from complain("flags", pages, pinned & ~own, "pinned, yet not the process's own")
 
 
@@ -264,6 +273,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_anon_vmas,
     check_vmas,
     check_notifiers,
+    check_userfaultfds,
     check_memcgs,
 )
 

@@ -7,7 +7,9 @@ import numpy as np
 from mm.census import Census, Complaints, complain
 from mm.mem_cgroup import MemCgroup, mem_cgroup_tree
 from mm.memremap import FREE_REFCOUNT
+from mm.page_flags import PG_hwpoison
 from mm.types import MemMap
+from mm.vectors import has
 
 
 def check_memcgs(mem: MemMap, census: Census) -> Complaints:
@@ -16,6 +18,8 @@ def check_memcgs(mem: MemMap, census: Census) -> Complaints:
     free = mem.refcount[pages] <= FREE_REFCOUNT * mem.is_zone_device_page(pages)
     charged = mem.memcg[pages] != 0
     yield from complain("memcg", pages, charged & free, "charged, though nobody holds it")
+    poisoned = has(mem.flags[pages], PG_hwpoison)
+    yield from complain("memcg", pages, charged & poisoned, "charged, though out of use")
     unknown = charged & ~np.isin(mem.memcg[pages], list(mem.memcgs))
     yield from complain("memcg", pages, unknown, "of a group that there is not")
     in_use, owners = mem.swap.swap_map > 0, mem.swap.swap_cgroup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mm.census import Census, Complaints, complain, used_entries
+from mm.mmu_notifier import EXTRAS
 from mm.page_cache import page_in_cache
 from mm.page_flags import PG_swapbacked
 from mm.pagewalk import walk_page_range
@@ -14,6 +15,7 @@ from mm.pgtable import (
     pte_pfn,
     pte_present,
     pte_special,
+    pte_uffd_wp,
     pte_write,
 )
 from mm.swapops import (
@@ -21,14 +23,16 @@ from mm.swapops import (
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_pte_marker,
     is_swap_entry,
     is_write_device_exclusive_entry,
     is_write_device_private_entry,
     pte_swp_exclusive,
+    pte_swp_uffd_wp,
     swp_offset,
     swp_type,
 )
-from mm.types import VM_LOCKED, VM_WRITE, MemMap, Vma, vma_pages
+from mm.types import VM_LOCKED, VM_UFFD_FLAGS, VM_UFFD_WP, VM_WRITE, MemMap, Vma, vma_pages
 from mm.typing import PAGE_SHIFT, Addresses, Mask, Ptes
 from mm.vectors import some
 
@@ -51,7 +55,8 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
             filed += int(np.count_nonzero(cached & ~swapbacked))
             shmem += int(np.count_nonzero(swapbacked))
             swapents += int(np.count_nonzero(swapped))
-            odd = ~(present | private | moving | poisoned | taken | swapped)
+            marked = is_pte_marker(ptes)
+            odd = ~(present | private | moving | poisoned | taken | swapped | marked)
             odd |= present & special & (pte_pfn(ptes) != mem.zero_pfn)
             odd |= swapped & ((swp_type(ptes) != 0) | (slots == 0) | (slots >= mem.swap.max))
             yield from complain("page table", addrs, odd, f"an entry of no kind in {vma!r}")
@@ -59,6 +64,13 @@ def check_entries(mem: MemMap, census: Census) -> Complaints:
             writable |= is_write_device_exclusive_entry(ptes)
             if not vma.vm_flags & VM_WRITE:
                 yield from complain("page table", addrs, writable, f"writable in {vma!r}")
+            guarded = marked | np.where(present, pte_uffd_wp(ptes), pte_swp_uffd_wp(ptes))
+            if not mm.uffd_wp:
+                rule = f"uffd-wp, which {mm.name} has never had, in {vma!r}"
+                yield from complain("page table", addrs, guarded, rule)
+            if vma.vm_flags & VM_UFFD_WP:
+                rule = f"writable though it is uffd-wp in {vma!r}"
+                yield from complain("page table", addrs, guarded & writable, rule)
             lost = moving & ((swp_offset(ptes) < 0) | (swp_offset(ptes) >= mem.limit_pfn))
             yield from complain("page table", addrs, lost, f"no such frame in {vma!r}")
             own = swapped & pte_swp_exclusive(ptes) & ~odd
@@ -140,13 +152,39 @@ def check_vmas(mem: MemMap, census: Census) -> Complaints:
             yield f"page table: {mm.name} maps {everywhere - inside} pages outside its VMAs"
 
 
+def check_userfaultfds(mem: MemMap, census: Census) -> Complaints:
+    """Nobody waits for userland; a VMA reports to an open fd of its address space, or to none."""
+    for mm in mem.mms:
+        if mm.uffd_events:
+            yield f"uffd_events: nobody tells the userfaultfds of {mm.name} {mm.uffd_events}"
+        for ctx in mm.userfaultfds:
+            if ctx.mm is not mm or ctx.released:
+                yield f"userfaultfds: {ctx!r} is not at home in {mm.name}"
+            if waiting := ctx.fault_pending + ctx.faults:
+                yield f"userfaultfds: {ctx!r} has {waiting[0].msg}, for which nobody waits"
+            if ctx.mmap_changing != len(ctx.events):
+                unread = len(ctx.events)
+                yield f"mmap_changing: {ctx!r} says {ctx.mmap_changing}, {unread} are unread"
+        for vma in mm.vmas:
+            ctx, armed = vma.vm_userfaultfd_ctx, vma.vm_flags & VM_UFFD_FLAGS
+            if (ctx is None) == bool(armed) or ctx not in (None, *mm.userfaultfds):
+                yield f"vm_userfaultfd_ctx: {vma!r} of {mm.name} has {ctx!r} and flags {armed:#x}"
+
+
 def check_notifiers(mem: MemMap, census: Census) -> Complaints:
-    """Nothing is being invalidated; interval notifiers ascend, with counts that differ from it."""
+    """Nothing is being invalidated; interval notifiers ascend, with counts that differ from it.
+
+    Listeners with EXTRAS, and no others, are asked for those.
+    """
     for mm in mem.mms:
         if mm.invalidating:
             yield f"invalidating: {mm.name} is between start and end of {mm.invalidating[0]}"
         elif mm.invalidate_seq & 1:
             yield f"invalidate_seq: {mm.name} says {mm.invalidate_seq}, and nothing is invalidated"
+        for name in EXTRAS:
+            having = [notifier for notifier in mm.notifiers if hasattr(notifier, name)]
+            if having != mm.notifier_extras.get(name, []):
+                yield f"notifier_extras: {mm.name} asks {mm.notifier_extras} for {name}"
         starts = [notifier.start for notifier in mm.interval_notifiers]
         if starts != sorted(starts):
             yield f"interval_notifiers: those of {mm.name} do not ascend"

@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from mm.filemap import lock_page, unlock_page
+from mm.filemap import lock_page, trylock_page, unlock_page
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import PG_dirty
 from mm.page_vma_mapped import page_vma_mapped_walk
@@ -26,23 +26,28 @@ from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_DEVMAP,
     _PAGE_SOFT_DIRTY,
+    _PAGE_UFFD_WP,
     mk_pte,
     pte_dirty,
     pte_offset,
     pte_present,
     pte_soft_dirty,
+    pte_uffd_wp,
     pte_write,
 )
 from mm.rmap import page_add_anon_rmap, page_mapped, page_remove_rmap, rmap_walk
 from mm.swap import get_page, put_page
 from mm.swapops import (
     SWP_SOFT_DIRTY,
+    SWP_UFFD_WP,
+    is_device_exclusive_entry,
     is_write_device_exclusive_entry,
     make_device_exclusive_entry,
     pte_swp_soft_dirty,
+    pte_swp_uffd_wp,
     swp_offset,
 )
-from mm.types import MmStruct, Vma, maybe_mkwrite, page_anon
+from mm.types import MemMap, MmStruct, Vma, maybe_mkwrite, page_anon
 from mm.typing import PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, word
 from mm.vectors import places, stretches
 
@@ -87,7 +92,8 @@ def _make_exclusive(vma: Vma, addrs: Addresses, pfns: Pfns) -> Mask:
     writable = mapped & pte_write(ptes)
     with mem.locks.atomic:
         mem.flags[pfns[mapped & pte_dirty(ptes)]] |= PG_dirty
-    entries = make_device_exclusive_entry(pfns, writable) | pte_soft_dirty(ptes) * SWP_SOFT_DIRTY
+    kept_bits = pte_soft_dirty(ptes) * SWP_SOFT_DIRTY | pte_uffd_wp(ptes) * SWP_UFFD_WP
+    entries = make_device_exclusive_entry(pfns, writable) | kept_bits
     mem.tables.entries[at[mapped]] = entries[mapped]
     page_remove_rmap(vma, pfns[mapped])
     return writable
@@ -122,6 +128,51 @@ def remove_device_exclusive_entry(vma: Vma, addrs: Addresses, ptes: Ptes) -> Non
         put_page(mem, held)
 
 
+def restore_exclusive_pages(mem: MemMap, pfns: Pfns) -> None:
+    """Map those of *pfns* (distinct) again that devices have for themselves, for every process.
+
+    For who must have the pages and cannot wait for a CPU to touch them. What somebody has locked
+    stays as it is. Linux: remove_device_exclusive_entry(), mm/memory.c, which waits for a CPU.
+    """
+    with mem.locks.atomic:
+        held = pfns[mem.refcount[pfns] > mem.is_zone_device_page(pfns)]
+        get_page(mem, held)
+    locked = held[trylock_page(mem, held)]
+    try:
+        remove_device_exclusive_ptes(mem, locked)
+    finally:
+        unlock_page(mem, locked)
+        put_page(mem, held)
+
+
+def remove_device_exclusive_ptes(mem: MemMap, pfns: Pfns) -> None:
+    """Let every exclusive entry for *pfns*, locked by the caller, map its page again.
+
+    Linux: remove_device_exclusive_entry(), mm/memory.c, of one entry.
+    """
+    for vma, which, addrs in rmap_walk(mem, pfns):
+        mm = vma.vm_mm
+        taken = places(_exclusive_for(mm, addrs, pfns[which])[1])
+        taken = taken[np.argsort(addrs[taken])]
+        where, wanted = addrs[taken], pfns[which[taken]]
+        for run in stretches(where, PAGE_SIZE):
+            start, end = where[run].item(0), where[run].item(-1) + PAGE_SIZE
+            with (
+                mmu_notifier_range(mm, start, end, MmuNotifyEvent.EXCLUSIVE),
+                mm.page_table_lock,
+            ):
+                at, there = _exclusive_for(mm, where[run], wanted[run])
+                restore_exclusive_pte(vma, at[there], mem.tables.entries[at[there]])
+
+
+def _exclusive_for(mm: MmStruct, addrs: Addresses, pfns: Pfns) -> tuple[Indices, Mask]:
+    """Where the entries of *addrs* are, and which are exclusive ones for *pfns*."""
+    pool = mm.mem.tables
+    at = pte_offset(pool, mm.pgd, addrs)
+    ptes = pool.entries[at]
+    return at, is_device_exclusive_entry(ptes) & (swp_offset(ptes) == pfns)
+
+
 def restore_exclusive_pte(vma: Vma, at: Indices, ptes: Ptes) -> None:
     """Let the exclusive entries *ptes*, at places *at* of the table pool, map their pages again.
 
@@ -132,5 +183,6 @@ def restore_exclusive_pte(vma: Vma, at: Indices, ptes: Ptes) -> None:
     entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
     entries |= is_write_device_exclusive_entry(ptes) * maybe_mkwrite(vma)
     entries |= mem.is_device_public_page(pfns) * _PAGE_DEVMAP
-    mem.tables.entries[at] = entries | pte_swp_soft_dirty(ptes) * _PAGE_SOFT_DIRTY
+    entries |= pte_swp_soft_dirty(ptes) * _PAGE_SOFT_DIRTY
+    mem.tables.entries[at] = entries | pte_swp_uffd_wp(ptes) * _PAGE_UFFD_WP
     page_add_anon_rmap(vma, pfns)

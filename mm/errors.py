@@ -50,6 +50,14 @@ class TryAgain(MmError):
     code = errno.EAGAIN
 
 
+class PartlyCopied(TryAgain):
+    """EAGAIN: `copied` bytes are there, and what comes next could not be had."""
+
+    def __init__(self, copied: int, message: str) -> None:
+        super().__init__(message)
+        self.copied = copied
+
+
 class OutOfRange(MmError):
     """ERANGE: physical address space has no hole of that size."""
 
@@ -63,7 +71,7 @@ class Overflow(MmError):
 
 
 class PermissionDenied(MmError):
-    """EPERM: the mapping does not allow that access."""
+    """EPERM: the mapping does not allow that access, or the task may not ask for it."""
 
     code = errno.EPERM
 
@@ -126,6 +134,24 @@ class WouldBlock(MmError):
     code = errno.EAGAIN
 
 
+class TimedOut(MmError):
+    """ETIMEDOUT: userland did not answer for a fault that it has to serve."""
+
+    code = errno.ETIMEDOUT
+
+
+class Exists(MmError):
+    """EEXIST: a page, or something of that name, is there already."""
+
+    code = errno.EEXIST
+
+
+class NoSuchProcess(MmError):
+    """ESRCH: the process has exited."""
+
+    code = errno.ESRCH
+
+
 class Misplaced(MmError):
     """EIO: a page is on a node where the policy does not want it."""
 
@@ -161,20 +187,13 @@ class SegmentationFault(MmError):
 
 
 class BusError(MmError):
-    """EFAULT: the mapping is there, its contents are not (SIGBUS); *poisoned*: lost for good."""
+    """EFAULT: the mapping is there, its contents are not (SIGBUS)."""
 
     code = errno.EFAULT
 
-    def __init__(self, address: int, message: str, *, poisoned: bool = True) -> None:
+    def __init__(self, address: int, message: str) -> None:
         super().__init__(message)
         self.address = address
-        self.poisoned = poisoned
-
-
-class FileExists(MmError):
-    """EEXIST: something has that name already."""
-
-    code = errno.EEXIST
 
 
 class NotExecutable(MmError):

@@ -210,7 +210,7 @@ def do_page_cache_readahead(mapping: AddressSpace, first: int, stop: int) -> Non
     indexes = np.arange(first, min(stop, i_pages_end(mapping.host)))
     indexes = indexes[mapping.i_pages.load(indexes) <= 0]
     frames = alloc_pages_current(mem, GFP_READAHEAD, indexes.size)
-    frames = charge_cache_pages(mem, frames, current_task().mm)
+    frames = charge_cache_pages(mem, frames, current_task().mm, GFP_READAHEAD)
     if not frames.size:
         return
     added = add_to_page_cache_lru(mapping, frames, indexes[: frames.size])

@@ -22,6 +22,7 @@ from mm.anon_vma import anon_vma_fork
 from mm.device_exclusive import remove_device_exclusive_entry
 from mm.errors import OutOfMemory
 from mm.gfp import GFP_HIGHUSER_MOVABLE
+from mm.memcontrol import mem_cgroup_oom_synchronize
 from mm.mempolicy import alloc_charged_pages
 from mm.migrate import migration_entry_wait
 from mm.mmap import exit_mmap, vm_stat_account
@@ -32,12 +33,15 @@ from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_ACCESSED,
     _PAGE_RW,
+    _PAGE_UFFD_WP,
     mk_pte,
     pte_alloc_each,
+    pte_mkuffd_wp,
     pte_offset,
     pte_pfn,
     pte_present,
     pte_special,
+    pte_uffd_wp,
 )
 from mm.rmap import add_mm_counter, page_add_new_anon_rmap, page_dup_rmap
 from mm.sched import current_task
@@ -45,9 +49,11 @@ from mm.swap import get_page, lru_cache_add_active, page_maybe_dma_pinned, put_p
 from mm.swap_slots import swap_duplicate
 from mm.swapops import (
     SWP_EXCLUSIVE,
+    SWP_UFFD_WP,
     is_device_exclusive_entry,
     is_device_private_entry,
     is_migration_entry,
+    is_pte_marker,
     is_swap_entry,
     make_readable,
     swp_offset,
@@ -62,7 +68,13 @@ from mm.types import (
     maybe_mkwrite,
     vma_pages,
 )
-from mm.typing import Addresses, Indices, Mask, Pfns, Ptes, word
+from mm.typing import Addresses, Indices, Mask, Ptes, word
+from mm.userfaultfd_k import (
+    dup_userfaultfd,
+    dup_userfaultfd_fail,
+    userfaultfd_complete,
+    userfaultfd_wp,
+)
 from mm.vectors import has, places, some
 from mm.vma import insert_vma, vma_inherit
 
@@ -70,6 +82,8 @@ _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_WRITABLE: Final = word(~_PAGE_RW)
 _SHARED_SLOT: Final = word(~SWP_EXCLUSIVE)
+_NOT_UFFD_WP: Final = word(~_PAGE_UFFD_WP)
+_NOT_SWP_UFFD_WP: Final = word(~SWP_UFFD_WP)
 
 
 def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
@@ -86,8 +100,11 @@ def dup_mmap(mm: MmStruct, oldmm: MmStruct) -> None:
                     if not vma.vm_flags & VM_DONTCOPY:
                         _dup_vma(mm, vma)
         except BaseException:
+            dup_userfaultfd_fail(mm, oldmm)
             exit_mmap(mm)
             raise
+    if oldmm.uffd_events:
+        userfaultfd_complete(oldmm)
 
 
 def _dup_vma(mm: MmStruct, vma: Vma) -> None:
@@ -96,6 +113,7 @@ def _dup_vma(mm: MmStruct, vma: Vma) -> None:
         vm_enough_memory(mm.mem, vma_pages(vma), "fork")
     copy = Vma(mm, vma.vm_start, vma.vm_end, vma.vm_flags & ~VM_LOCKED_MASK, vma.vm_pgoff)
     vma_inherit(copy, vma)
+    dup_userfaultfd(copy, vma)
     insert_vma(copy, vma)
     vm_stat_account(mm, copy.vm_flags, vma_pages(copy))
     if not vma.vm_flags & VM_WIPEONFORK:
@@ -110,7 +128,7 @@ def copy_page_range(dst: Vma, src: Vma) -> None:
     it has for itself (v5.14). Raises OutOfMemory, with some of it done.
     Linux: copy_page_range(), mm/memory.c.
     """
-    if src.anon_vma is None:
+    if src.anon_vma is None and not userfaultfd_wp(dst):
         return
     mm, start, end = src.vm_mm, src.vm_start, src.vm_end
     with mmu_notifier_range(mm, start, end, MmuNotifyEvent.PROTECTION_PAGE):
@@ -136,14 +154,14 @@ def copy_pte_range(dst: Vma, src: Vma, run: Run) -> None:
             ptes = run.ptes[used]
             taken, busy = is_device_exclusive_entry(ptes), _pinned_in_motion(src, ptes)
             if not some(taken | busy):
-                run.ptes[used], pinned = _copy_ptes(dst, at, ptes)
+                run.ptes[used], pinned = _copy_ptes(dst, src, at, ptes)
                 break
         if some(taken):
             remove_device_exclusive_entry(src, addrs[taken], ptes[taken])
         if some(busy):
             migration_entry_wait(mem, swp_offset(ptes[busy]))
     if pinned.size:
-        _copy_pinned(dst, addrs[pinned], at[pinned], pte_pfn(ptes[pinned]))
+        _copy_pinned(dst, addrs[pinned], at[pinned], ptes[pinned])
 
 
 def _pinned_in_motion(src: Vma, ptes: Ptes) -> Mask:
@@ -153,12 +171,13 @@ def _pinned_in_motion(src: Vma, ptes: Ptes) -> Mask:
     return moving
 
 
-def _copy_ptes(dst: Vma, at: Indices, ptes: Ptes) -> tuple[Ptes, Indices]:
+def _copy_ptes(dst: Vma, src: Vma, at: Indices, ptes: Ptes) -> tuple[Ptes, Indices]:
     """Put copies of the entries *ptes* at places *at*; what *ptes* become, and which stay as is.
 
     Those are of pages that are pinned; they get another reference here, and no copy yet. Called
     with both page-table locks held. As the recorded kernel has it, a device-private entry loses its
-    soft-dirty bit with the right to store.
+    soft-dirty bit with the right to store. A child without the userfaultfd of *src* has none of its
+    bits.
     Linux: copy_present_pte() and copy_nonpresent_pte(), mm/memory.c.
     """
     mem = dst.vm_mm.mem
@@ -179,32 +198,40 @@ def _copy_ptes(dst: Vma, at: Indices, ptes: Ptes) -> tuple[Ptes, Indices]:
 
     shared = np.where(present, ptes & _NOT_WRITABLE, make_readable(ptes) & _SHARED_SLOT)
     copied = np.where(present, shared & _NOT_ACCESSED, shared)
+    if src.vm_mm.uffd_wp and not userfaultfd_wp(dst):
+        copied &= np.where(present, _NOT_UFFD_WP, _NOT_SWP_UFFD_WP)
+        copied[is_pte_marker(ptes)] = 0
     copied[pinned], shared[pinned] = 0, ptes[pinned]
     mem.tables.entries[at] = copied
     return shared, places(pinned)
 
 
-def _copy_pinned(dst: Vma, addrs: Addresses, at: Indices, pfns: Pfns) -> None:
-    """Give *dst* copies of *pfns* at *addrs*, and drop a reference to each of those.
+def _copy_pinned(dst: Vma, addrs: Addresses, at: Indices, ptes: Ptes) -> None:
+    """Give *dst* copies of the pages of *ptes* at *addrs*, and drop a reference to each of those.
 
     Raises OutOfMemory. Linux: copy_present_page(), mm/memory.c, v5.9.
     """
     mm, mem, cpu = dst.vm_mm, dst.vm_mm.mem, current_task().cpu
+    pfns = pte_pfn(ptes)
     try:
         new = alloc_charged_pages(dst, addrs, GFP_HIGHUSER_MOVABLE)
         if new.size < pfns.size:
             put_page(mem, new, cpu)
-            where = "the machine" if mm.memcg is None else f"{mm.memcg}"
+            mem_cgroup_oom_synchronize()
+            payer = "" if mm.memcg is None else f" for {mm.memcg}"
             raise OutOfMemory(
                 f"fork: {pfns.size} pages of {mm.name} are copied as they are pinned, and "
-                f"{where} has room for {new.size}; unpin or unmap something"
+                f"{new.size} frames are free{payer}; unpin or unmap something"
             )
         if mem.payload is not None:
             mem.payload[new] = mem.payload[pfns]
         with mm.page_table_lock:
             mem.flags[new] |= PG_uptodate
             page_add_new_anon_rmap(dst, new, addrs)
-            mem.tables.entries[at] = mk_pte(new, dst.vm_page_prot) | maybe_mkwrite(dst)
+            entries = mk_pte(new, dst.vm_page_prot) | maybe_mkwrite(dst)
+            if userfaultfd_wp(dst):
+                entries = np.where(pte_uffd_wp(ptes), pte_mkuffd_wp(entries), entries)
+            mem.tables.entries[at] = entries
             mm.anon_rss += new.size
     finally:
         put_page(mem, pfns, cpu)

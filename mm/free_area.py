@@ -182,6 +182,23 @@ def del_from_free_area(mem: MemMap, zone: Zone, order: int, count: int) -> Pfns:
     return taken
 
 
+def take_page_off_buddy(mem: MemMap, zone: Zone, pfn: int) -> bool:
+    """Take the one page *pfn* out of the free block that it lies in; False where it is in none.
+
+    What is left of the block goes back on the lists. Linux: take_page_off_buddy(), v5.11.
+    """
+    for order in range(MAX_ORDER):
+        head = pfn & -(1 << order)
+        if mem.free_order.item(head) > order:
+            size = 1 << (mem.free_order.item(head) - 1)
+            mem.free_order[head] = 0
+            zone.nr_free -= size
+            add_range(mem, zone, head, pfn)
+            add_range(mem, zone, pfn + 1, head + size)
+            return True
+    return False
+
+
 def bad_blocks(mem: MemMap, zone: Zone, heads: Pfns, orders: Indices) -> dict[str, Pfns]:
     """The free blocks that break a rule of the lists, by the rule. Linux: bad_range()."""
     ends = heads + (1 << orders)

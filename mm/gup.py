@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from mm.device_exclusive import make_device_exclusive
-from mm.errors import BusError, Busy, HwPoison, InvalidArgument, MmError, NotMapped
+from mm.errors import Busy, HwPoison, InvalidArgument, MmError, NotMapped
 from mm.filemap import trylock_page, unlock_page
 from mm.highmem import memcpy_from_pages, memcpy_to_pages
 from mm.locking import cond_resched
@@ -61,14 +61,17 @@ from mm.typing import (
     Ptes,
 )
 from mm.uaccess import MAX_RETRIES, bad_area, mm_fault_error, page_range, served_in_vain
+from mm.userfaultfd_k import Userfault, userfault, userfaultfd_pte_wp
 from mm.vectors import every, has, places, some
 
 FOLL_WRITE: Final = 1 << 0  # to store to
 FOLL_GET: Final = 1 << 1  # take an ordinary reference
 FOLL_FORCE: Final = 1 << 3  # pass over the rights that the mapping gives, as a debugger does
+FOLL_HWPOISON: Final = 1 << 6  # what is lost is told from what cannot be had
 FOLL_LONGTERM: Final = 1 << 8  # for so long that the page may not stand in anybody's way
 FOLL_TOUCH: Final = 1 << 16  # what is read counts as used, what is written as changed
 FOLL_PIN: Final = 1 << 19  # take a pin
+FOLL_UNLOCKABLE: Final = 1 << 21  # the caller lets go of mmap_sem where userland is to be asked
 
 _AT_ONCE: Final = 512  # pages that access_remote_vm() holds at a time
 
@@ -208,7 +211,7 @@ def can_follow_write_pte(vma: Vma, ptes: Ptes, pfns: Pfns, gup_flags: int) -> Ma
     """
     if not gup_flags & FOLL_FORCE or not is_cow_mapping(vma) or vma.vm_flags & VM_WRITE:
         return np.zeros(ptes.size, dtype=np.bool_)
-    own = has(vma.vm_mm.mem.flags[pfns], PG_anon_exclusive)
+    own = has(vma.vm_mm.mem.flags[pfns], PG_anon_exclusive) & ~userfaultfd_pte_wp(vma, ptes)
     return own if vma.vm_flags & VM_SOFTDIRTY else own & pte_soft_dirty(ptes)
 
 
@@ -241,11 +244,13 @@ def faultin_page(vma: Vma, addrs: Addresses, unshare: Mask, gup_flags: int) -> F
     return faults
 
 
-def get_pages(mm: MmStruct, addrs: Addresses, pin: Pin) -> MmError | None:
+def get_pages(mm: MmStruct, addrs: Addresses, pin: Pin) -> MmError | Userfault | None:
     """Let *pin* hold the pages at *addrs* (ascending page addresses), faulting in what is away.
 
-    Where a page cannot be had, it holds those before it; the answer says why. The caller holds
-    mmap_sem for read, and releases *pin* should this raise. Linux: __get_user_pages(), mm/gup.c.
+    Where a page cannot be had, it holds those before it; the answer says why. With FOLL_UNLOCKABLE
+    that may be a Userfault: the caller lets go of all and of mmap_sem, waits, and begins again. The
+    caller holds mmap_sem for read, and releases *pin* should this raise.
+    Linux: __get_user_pages(), mm/gup.c.
     """
     write = bool(pin.gup_flags & FOLL_WRITE)
     pin.pfns = np.full(addrs.size, -1)
@@ -263,7 +268,9 @@ def get_pages(mm: MmStruct, addrs: Addresses, pin: Pin) -> MmError | None:
     return None
 
 
-def _get_pages_of(vma: Vma, addrs: Addresses, rest: Indices, pin: Pin) -> MmError | None:
+def _get_pages_of(
+    vma: Vma, addrs: Addresses, rest: Indices, pin: Pin
+) -> MmError | Userfault | None:
     """get_pages() for the places *rest*, all of them in *vma*."""
     mm, rounds = vma.vm_mm, 0
     while True:
@@ -282,9 +289,19 @@ def _get_pages_of(vma: Vma, addrs: Addresses, rest: Indices, pin: Pin) -> MmErro
         faults = faultin_page(vma, addrs[rest], unshare, pin.gup_flags)
         failed = places(faults & VM_FAULT_ERROR)
         if failed.size:
-            first = rest.item(failed[0])
+            first, fault = rest.item(failed[0]), VmFault(faults.item(failed[0]))
             pin.drop(first)
-            return mm_fault_error(mm, addrs.item(first), VmFault(faults.item(failed[0])))
+            return _fault_error(vma, addrs.item(first), fault, pin.gup_flags)
+
+
+def _fault_error(vma: Vma, addr: int, fault: VmFault, gup_flags: int) -> MmError | Userfault:
+    """Linux: vm_fault_to_errno(), include/linux/mm.h; the end of faultin_page(), mm/gup.c."""
+    error = mm_fault_error(vma.vm_mm, addr, fault)
+    if fault & VmFault.HWPOISON and gup_flags & FOLL_HWPOISON:
+        return HwPoison(f"populate: {error.strerror}")
+    if gup_flags & FOLL_UNLOCKABLE:
+        return userfault(vma, addr, fault, write=bool(gup_flags & FOLL_WRITE)) or error
+    return error
 
 
 # what others call
@@ -299,7 +316,7 @@ def get_user_pages(mm: MmStruct, addr: int, nbytes: int, gup_flags: int) -> Pin:
     """
     if gup_flags & FOLL_LONGTERM:
         raise InvalidArgument("get_user_pages: FOLL_LONGTERM goes with a pin; use pin_user_pages()")
-    return _hold(mm, page_range(addr, nbytes), gup_flags | FOLL_GET | FOLL_TOUCH)
+    return _hold(mm, page_range(addr, nbytes), gup_flags | FOLL_GET | FOLL_TOUCH | FOLL_UNLOCKABLE)
 
 
 def pin_user_pages(mm: MmStruct, addr: int, nbytes: int, gup_flags: int) -> Pin:
@@ -309,17 +326,22 @@ def pin_user_pages(mm: MmStruct, addr: int, nbytes: int, gup_flags: int) -> Pin:
     Raises as get_user_pages(), and Busy where a page cannot come back.
     Linux: pin_user_pages(), mm/gup.c, v5.6.
     """
-    return _hold(mm, page_range(addr, nbytes), gup_flags | FOLL_PIN)
+    return _hold(mm, page_range(addr, nbytes), gup_flags | FOLL_PIN | FOLL_UNLOCKABLE)
 
 
 def _hold(mm: MmStruct, addrs: Addresses, gup_flags: int) -> Pin:
     """The pages at *addrs*, all or none."""
     pin = Pin(mm.mem, gup_flags)
     try:
-        with mm.mmap_sem.read():
-            failure = get_pages(mm, addrs, pin)
-            while gup_flags & FOLL_LONGTERM and migrate_longterm_unpinnable_pages(pin):
+        while True:
+            with mm.mmap_sem.read():
                 failure = get_pages(mm, addrs, pin)
+                while gup_flags & FOLL_LONGTERM and migrate_longterm_unpinnable_pages(pin):
+                    failure = get_pages(mm, addrs, pin)
+            if not isinstance(failure, Userfault):
+                break
+            pin.drop(0)
+            failure.wait()
         if failure is not None:
             raise failure
     except BaseException:
@@ -402,17 +424,18 @@ def make_device_exclusive_range(mm: MmStruct, addrs: Addresses, owner: object) -
     return taken
 
 
-def populate_vma_page_range(vma: Vma, start: int, end: int) -> MmError | None:
+def populate_vma_page_range(vma: Vma, start: int, end: int) -> MmError | Userfault | None:
     """Fault in [*start*, *end*) of *vma*, pages in device memory too; none if VM_LOCKONFAULT.
 
     Private memory that may be written is faulted in as for a store, so that none of it is shared
     afterwards. The answer says why it stopped, if it did: SegmentationFault where the VMA allows no
-    access at all, BusError, OutOfMemory. The caller holds mmap_sem for read.
+    access at all, BusError, OutOfMemory, or a Userfault to wait for. The caller holds mmap_sem for
+    read.
     Linux: populate_vma_page_range(), mm/gup.c.
     """
     if vma.vm_flags & VM_LOCKONFAULT:
         return None
-    flags = FOLL_TOUCH
+    flags = FOLL_TOUCH | FOLL_UNLOCKABLE
     if vma.vm_flags & (VM_WRITE | VM_SHARED) == VM_WRITE:
         flags |= FOLL_WRITE
     if vma.vm_flags & VM_ACCESS_FLAGS:
@@ -420,7 +443,7 @@ def populate_vma_page_range(vma: Vma, start: int, end: int) -> MmError | None:
     return _fault_in(vma.vm_mm, start, end, flags)
 
 
-def _fault_in(mm: MmStruct, start: int, end: int, gup_flags: int) -> MmError | None:
+def _fault_in(mm: MmStruct, start: int, end: int, gup_flags: int) -> MmError | Userfault | None:
     """get_pages() for their being there alone."""
     with Pin(mm.mem, gup_flags) as pin:
         return get_pages(mm, page_range(start, end - start), pin)
@@ -438,12 +461,15 @@ def mm_populate(mm: MmStruct, start: int, length: int, *, ignore_errors: bool = 
             vma = find_vma(mm, addr)
             if vma is None or vma.vm_start >= end:
                 return
-            addr, first = min(vma.vm_end, end), max(vma.vm_start, addr)
-            if vma.vm_flags & (VM_IO | VM_PFNMAP):
-                continue
-            failure = populate_vma_page_range(vma, first, addr)
-            if failure is not None and not ignore_errors:
-                raise failure
+            addr, stop = max(vma.vm_start, addr), min(vma.vm_end, end)
+            special = vma.vm_flags & (VM_IO | VM_PFNMAP)
+            failure = None if special else populate_vma_page_range(vma, addr, stop)
+        if isinstance(failure, Userfault):
+            failure.wait()
+            continue
+        if failure is not None and not ignore_errors:
+            raise failure
+        addr = stop
 
 
 def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> None:
@@ -453,7 +479,8 @@ def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> No
     InvalidArgument where the VMA forbids it, HwPoison, BusError, OutOfMemory.
     Linux: faultin_page_range(), mm/gup.c, v6.10.
     """
-    flags, addr = FOLL_TOUCH | (FOLL_WRITE if write else 0), start
+    flags, addr = FOLL_TOUCH | FOLL_HWPOISON | FOLL_UNLOCKABLE, start
+    flags |= FOLL_WRITE if write else 0
     while addr < end:
         with mm.mmap_sem.read():
             vma = find_vma(mm, addr)
@@ -464,8 +491,9 @@ def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> No
                 raise InvalidArgument(f"{mm.name}: {what} {addr:#x} is not allowed by {vma!r}")
             stop = min(vma.vm_end, end)
             failure = _fault_in(mm, addr, stop, flags)
-            if isinstance(failure, BusError) and failure.poisoned:
-                raise HwPoison(f"populate: {failure.strerror}") from failure
-            if failure is not None:
-                raise failure
-            addr = stop
+        if isinstance(failure, Userfault):
+            failure.wait()
+            continue
+        if failure is not None:
+            raise failure
+        addr = stop

@@ -122,16 +122,20 @@ class Locks:
         self._changed = threading.Condition(self.atomic)
         self.waiting = 0
 
-    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
-        """Sleep until *ready*(), which is asked again after each wake_up()."""
+    def wait_until(
+        self, ready: Callable[[], bool], what: str, timeout: float | None = None
+    ) -> bool:
+        """Sleep until *ready*(), which is asked again after each wake_up(); what it says at last.
+
+        timeout: in seconds, after which it is no longer waited for.
+        """
         if _scheduler is not None:
             _scheduler.wait(ready, what)
-            return
+            return True
         with self.atomic:
             self.waiting += 1
             try:
-                while not ready():
-                    self._changed.wait()
+                return self._changed.wait_for(ready, timeout)
             finally:
                 self.waiting -= 1
 
@@ -151,6 +155,10 @@ class SpinLock:
         self.name = name
         self.holder = NOBODY
         self._lock = threading.Lock()
+
+    def locked(self) -> bool:
+        """True while some thread has it. Linux: spin_is_locked()."""
+        return self._lock.locked()
 
     def _try(self) -> bool:
         return self._lock.acquire(blocking=False)

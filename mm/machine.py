@@ -7,16 +7,21 @@ verify the lot.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
+from numpy.typing import ArrayLike
+
 from mm.blockfs import BlockFs, mount
+from mm.cred import prepare_cred
 from mm.debug import verify
 from mm.errors import InvalidArgument
 from mm.fs import File
 from mm.gfp import GFP_KERNEL, Gfp
 from mm.mem_cgroup import MemCgroup
 from mm.memcontrol import mem_cgroup_css_alloc
+from mm.memory_failure import memory_failure, soft_offline_page, unpoison_memory
+from mm.memory_hotplug import add_memory
 from mm.memparse import Size, format_size, memparse
 from mm.mm_init import build_nodes
 from mm.page_alloc import alloc_pages_bulk, nr_free_pages
@@ -28,7 +33,8 @@ from mm.swap import lru_add_drain_all
 from mm.swapfile import swapon
 from mm.truncate import invalidate_mapping_pages
 from mm.types import BYTES_PER_PAGE, MemMap
-from mm.typing import PAGE_SHIFT, PAGE_SIZE
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Errnos
+from mm.vectors import integers
 from mm.vmscan import kswapd_init
 from mm.vmstat import VmStat
 
@@ -87,13 +93,29 @@ class Machine:
         sizes = (format_size((n.end_pfn - n.start_pfn) * PAGE_SIZE) for n in self.mem.nodes)
         return f"<Machine {' + '.join(sizes)}, {len(self.mem.mms)} processes>"
 
-    def spawn(self, name: str = "task", cpu: int = 0, cgroup: MemCgroup | None = None) -> Process:
-        """A new process with an empty address space, running on *cpu*, in a control group."""
+    def spawn(
+        self,
+        name: str = "task",
+        cpu: int = 0,
+        cgroup: MemCgroup | None = None,
+        *,
+        uid: int = 0,
+        caps: Iterable[str] | None = None,
+    ) -> Process:
+        """A new process with an empty address space, running on *cpu*, in a control group.
+
+        uid: its user. caps: what it may do besides, words of mm.cred.CAPABILITIES; by default
+        everything if it is root's, nothing else.
+        """
         if not 0 <= cpu < len(self.mem.cpu_to_node):
             raise InvalidArgument(f"cpu {cpu}: this machine has {len(self.mem.cpu_to_node)}")
-        process = Process(self.mem, name, cpu)
-        if cgroup is not None:
-            process.move_to(cgroup)
+        process = Process(self.mem, name, cpu, prepare_cred(uid, caps=caps))
+        try:
+            if cgroup is not None:
+                process.move_to(cgroup)
+        except BaseException:
+            process.exit()
+            raise
         return process
 
     def cgroup(self, path: str, limit: Size | None = None) -> MemCgroup:
@@ -152,6 +174,39 @@ class Machine:
     def metadata_bytes_per_page(self) -> int:
         """What the columns take for each page."""
         return BYTES_PER_PAGE
+
+    def add_memory(self, size: Size, node: int | None = None) -> None:
+        """*size* bytes of memory more, in *node*: the last one (default) or the next.
+
+        Raises InvalidArgument, OutOfRange, and Exists where a device has physical addresses there.
+        Linux: /sys/devices/system/memory/probe.
+        """
+        nid = len(self.mem.nodes) - 1 if node is None else node
+        add_memory(self.mem, nid, memparse(size) >> PAGE_SHIFT)
+        kswapd_init(self.mem)
+
+    def memory_failure(self, pfns: ArrayLike) -> Errnos:
+        """Let the contents of frames *pfns*, one or many, be lost: who reads them has SIGBUS.
+
+        0 for each, or a negative errno: -EBUSY where somebody holds the page, and for memory of
+        devices and files; -ENXIO for no frame. Linux: /sys/devices/system/memory/hard_offline_page.
+        """
+        return memory_failure(self.mem, integers("memory_failure: pfns", pfns))
+
+    def soft_offline_page(self, pfns: ArrayLike) -> Errnos:
+        """Move what is in frames *pfns*, one or many, elsewhere, and do not use them any more.
+
+        0 for each, or a negative errno: -EIO where it cannot move, and for device memory; -EBUSY,
+        -ENOMEM, -ENXIO. Linux: /sys/devices/system/memory/soft_offline_page.
+        """
+        return soft_offline_page(self.mem, integers("soft_offline_page: pfns", pfns))
+
+    def unpoison_memory(self, pfns: ArrayLike) -> Errnos:
+        """Use frames *pfns* again that the other two took out of use; -EBUSY where one is held.
+
+        Linux: /sys/kernel/debug/hwpoison/unpoison-pfn.
+        """
+        return unpoison_memory(self.mem, integers("unpoison_memory: pfns", pfns))
 
     def verify(self) -> None:
         """Check every rule of docs/data-model.md; raises KernelBug that names what is broken."""

@@ -13,7 +13,14 @@ from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from mm.errors import AccessDenied, InvalidArgument, NotMapped
+from mm.errors import (
+    AccessDenied,
+    Busy,
+    InputOutputError,
+    InvalidArgument,
+    NotMapped,
+    OutOfMemory,
+)
 from mm.filemap import trylock_page, unlock_page
 from mm.filemap_io import force_page_cache_readahead
 from mm.fs import (
@@ -23,7 +30,8 @@ from mm.fs import (
     get_file,
     vfs_fallocate,
 )
-from mm.gup import faultin_page_range
+from mm.gup import faultin_page_range, get_user_pages
+from mm.memory_failure import memory_failure, soft_offline_page
 from mm.mmap import find_vma, page_align
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_flags import (
@@ -65,6 +73,7 @@ from mm.types import (
     vma_is_anonymous,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, Ptes, word
+from mm.userfaultfd_k import userfaultfd_remove
 from mm.vectors import has, joined, places, some
 from mm.vma import vma_modify_flags
 from mm.vmscan import reclaim_pages
@@ -119,14 +128,39 @@ def do_madvise(mm: MmStruct, start: int, length: int, advice: str) -> None:
         with mm.mmap_sem.write():
             _walk_vmas(mm, start, end, _madvise_flags(advice))
     elif advice in _READERS:
+        if mm.userfaultfds and advice in _REMOVERS:
+            userfaultfd_remove(mm, start, end)
         with mm.mmap_sem.read():
             _walk_vmas(mm, start, end, _READERS[advice])
+    elif advice in ("hwpoison", "soft_offline"):
+        madvise_inject_error(mm, start, end, advice)
     elif advice == "remove":
         _remove_from_files(mm, start, end)
     elif advice in ("populate_read", "populate_write"):
         faultin_page_range(mm, start, end, write=advice == "populate_write")
     else:
         raise InvalidArgument(f"madvise: no advice is named {advice!r}; {', '.join(ADVICE)}")
+
+
+def madvise_inject_error(mm: MmStruct, start: int, end: int, advice: str) -> None:
+    """Let the frames behind [*start*, *end*) fail ("hwpoison"), or go out of use ("soft_offline").
+
+    Pages are faulted in first, from private device memory too. What cannot be done raises
+    SegmentationFault, Busy, InputOutputError or OutOfMemory, with the other pages done.
+    Linux: madvise_inject_error(), mm/madvise.c, which stops at the first.
+    """
+    with get_user_pages(mm, start, end - start, 0) as pin:
+        pfns = pin.pfns
+    inject = memory_failure if advice == "hwpoison" else soft_offline_page
+    status = inject(mm.mem, pfns)
+    failed = places(status)
+    if failed.size:
+        at = failed.item(0)
+        raise _INJECTED[-status.item(at)](
+            f"madvise: {advice} of [{start:#x}, {end:#x}): page {pfns[at]:#x} at "
+            f"{start + at * PAGE_SIZE:#x} cannot be taken out of use: somebody holds it, it is "
+            f"device memory or the zero page, or no frame is left for what is in it"
+        )
 
 
 def _walk_vmas(mm: MmStruct, start: int, end: int, visit: Visit) -> None:
@@ -334,4 +368,14 @@ _READERS: Final[dict[str, Visit]] = {
     "pageout": _madvise_pageout,
     "willneed": _madvise_willneed,
 }
-ADVICE: Final = (*_FLAGS, *_READERS, "remove", "populate_read", "populate_write")
+_REMOVERS: Final = ("dontneed", "dontneed_locked", "free")  # that userland may want to hear of
+_INJECTED: Final = {error.code: error for error in (Busy, InputOutputError, OutOfMemory)}
+ADVICE: Final = (
+    *_FLAGS,
+    *_READERS,
+    "remove",
+    "populate_read",
+    "populate_write",
+    "hwpoison",
+    "soft_offline",
+)

@@ -15,12 +15,14 @@ from itertools import zip_longest
 
 import numpy as np
 
+from mm.cred import CAP_SYS_NICE, capable, check_capable, ptrace_may_access
 from mm.errors import (
     InvalidArgument,
     InvalidRange,
     Misplaced,
     MmError,
     OutOfMemory,
+    PermissionDenied,
     SegmentationFault,
 )
 from mm.gfp import GFP_HIGHUSER_MOVABLE
@@ -31,9 +33,12 @@ from mm.mempolicy import (
     Mempolicy,
     alloc_pages_mpol,
     check_nodes,
+    cpuset_mems_allowed,
     get_task_policy,
     mpol_equal,
     mpol_new,
+    mpol_rebind,
+    show_nodes,
     vma_migratable,
 )
 from mm.migrate import (
@@ -73,13 +78,15 @@ def do_mbind(
 
     With MPOL_MF_MOVE or MPOL_MF_MOVE_ALL pages that are elsewhere are moved; with MPOL_MF_STRICT
     those that stay, or without a move the first that is elsewhere, raise Misplaced. Device memory
-    is passed over. Raises InvalidArgument, InvalidRange, and SegmentationFault where nothing is
-    mapped.
+    is passed over. Raises InvalidArgument, InvalidRange, SegmentationFault where nothing is mapped,
+    and PermissionDenied where MPOL_MF_MOVE_ALL is not for the task that runs.
 
     Unlike Linux v4.20, pages that cannot be taken off their lists are among those that stay (as
     in 6.7). Linux: do_mbind(), mm/mempolicy.c.
     """
     mem = mm.mem
+    if flags & MPOL_MF_MOVE_ALL:
+        check_capable(CAP_SYS_NICE, "mbind with moveall")
     if start % PAGE_SIZE:
         raise InvalidRange(f"mbind: addr {start:#x} is not a multiple of {PAGE_SIZE:#x}")
     if not length:
@@ -194,20 +201,51 @@ def _isolate(mem: MemMap, pfns: Pfns) -> Pfns:
     return once[migrate_page_add(mem, once)]
 
 
-def kernel_migrate_pages(mm: MmStruct, old: Sequence[int], new: Sequence[int]) -> int:
+def mpol_rebind_mm(mm: MmStruct, old: Sequence[int], new: Sequence[int]) -> None:
+    """Let the policies of the VMAs of *mm*, made over nodes *old*, be over nodes *new*.
+
+    Linux: mpol_rebind_mm(), mm/mempolicy.c.
+    """
+    with mm.mmap_sem.write():
+        for vma in mm.vmas:
+            vma.vm_policy = mpol_rebind(vma.vm_policy, old, new)
+
+
+def kernel_migrate_pages(
+    mm: MmStruct, old: Sequence[int], new: Sequence[int], task: Task | None = None
+) -> int:
     """Move the pages of *mm* that are on nodes *old* to nodes *new*, the first to the first.
 
-    Returns how many could not be moved. Raises InvalidArgument, and OutOfMemory where frames run
-    out, with what has moved by then moved. Linux: kernel_migrate_pages(), mm/mempolicy.c.
+    *task*: whose memory it is, where not the caller's own. Returns how many could not be moved:
+    those that others map too are not tried without CAP_SYS_NICE. Raises InvalidArgument;
+    PermissionDenied where *task* is out of the caller's reach, or may not use one of the nodes
+    itself; OutOfMemory where frames run out, with what has moved by then moved.
+    Linux: kernel_migrate_pages(), mm/mempolicy.c.
     """
-    there = [nid for nid in check_nodes(new) if nid < len(mm.mem.nodes)]
+    mem, task = mm.mem, task or current_task()
+    sources, targets = check_nodes(old), check_nodes(new)
+    if not ptrace_may_access(task):
+        raise PermissionDenied(f"migrate_pages: {task.name} is not {current_task().name}'s to move")
+    if not set(targets) <= set(cpuset_mems_allowed(mem, task)):
+        check_capable(CAP_SYS_NICE, f"migrate_pages to nodes that {task.name} may not use")
+    mems = cpuset_mems_allowed(mem, current_task())
+    there = [nid for nid in targets if nid in mems]
     if not there:
         raise InvalidArgument(
-            f"migrate_pages: of nodes {list(new)} the machine has none, only "
-            f"0..{len(mm.mem.nodes) - 1}"
+            f"migrate_pages: of nodes {list(new)} the machine has none, or {current_task().name} "
+            f"may use none; it may use {show_nodes(mems)}"
         )
+    flags = MPOL_MF_MOVE_ALL if capable(CAP_SYS_NICE) else MPOL_MF_MOVE
+    return do_migrate_pages(mm, sources, there, flags)
+
+
+def do_migrate_pages(mm: MmStruct, old: list[int], new: list[int], flags: int) -> int:
+    """Move the pages of *mm* from nodes *old* to nodes *new*; how many could not be moved.
+
+    Raises OutOfMemory. Linux: do_migrate_pages(), mm/mempolicy.c.
+    """
     lru_add_drain_all(mm.mem)
-    return sum(migrate_to_node(mm, *pair) for pair in _node_pairs(check_nodes(old), there))
+    return sum(migrate_to_node(mm, *pair, flags) for pair in _node_pairs(old, new))
 
 
 def _node_pairs(old: list[int], new: list[int]) -> Iterator[tuple[int, int]]:
@@ -229,19 +267,18 @@ def _node_pairs(old: list[int], new: list[int]) -> Iterator[tuple[int, int]]:
         yield pair
 
 
-def migrate_to_node(mm: MmStruct, source: int, dest: int) -> int:
-    """Move the pages of *mm* from node *source* to *dest*; how many could not be moved.
+def migrate_to_node(mm: MmStruct, source: int, dest: int, flags: int) -> int:
+    """Move the pages of *mm* from node *source* to *dest*, those of others too if *flags* say so.
 
-    Raises OutOfMemory. Linux: migrate_to_node(), mm/mempolicy.c.
+    Returns how many could not be moved. Raises OutOfMemory.
+    Linux: migrate_to_node(), mm/mempolicy.c.
     """
     mem = mm.mem
     wrong = np.arange(len(mem.nodes)) == source
     with mm.mmap_sem.read():
         if not mm.vmas:
             return 0
-        pfns, failed = queue_pages_range(
-            mm, 0, mm.vmas[-1].vm_end, wrong, MPOL_MF_MOVE_ALL, holes=True
-        )
+        pfns, failed = queue_pages_range(mm, 0, mm.vmas[-1].vm_end, wrong, flags, holes=True)
     status = migrate_pages(mem, pfns, alloc_migration_target(mem, dest))
     if some(status == -errno.ENOMEM):
         raise OutOfMemory(

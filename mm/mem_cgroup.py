@@ -8,6 +8,7 @@ include/linux/memcontrol.h, the files of mm/memcontrol.c, and kernel/cgroup/cgro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from mm.page_flags import PG_active, PG_lru, PG_swapbacked, PG_unevictable
 from mm.types import MemMap, page_anon
 from mm.typing import PAGE_SHIFT, Mask
 from mm.vectors import has, places
+
+MEM_CGROUP_RECLAIM_RETRIES: Final = 5  # times that reclaim may find nothing: used pages age by it
 
 
 class MemCgroup:
@@ -123,20 +126,21 @@ def _bytes(nr_pages: int) -> int | None:
 def mem_cgroup_resize_max(memcg: MemCgroup, nr_pages: int) -> None:
     """Allow *memcg* no more than *nr_pages*, reclaiming what is more. Raises Busy.
 
-    Linux: mem_cgroup_resize_max(), mm/memcontrol.c.
+    Linux: mem_cgroup_resize_max(), and memory_max_write() for the attempts, mm/memcontrol.c.
     """
-    mem = memcg.mem
-    while True:
+    mem, retries = memcg.mem, MEM_CGROUP_RECLAIM_RETRIES
+    while retries:
         with mem.locks.atomic:
             if page_counter_set_max(memcg.memory, nr_pages):
                 return
             excess = memcg.memory.usage - nr_pages
         if mem.memcg_reclaim is None or not mem.memcg_reclaim(memcg, excess):
-            raise Busy(
-                f"cgroup: {memcg.name} uses {format_size(memcg.usage)} that cannot be reclaimed, "
-                f"too much for a limit of {format_size(nr_pages << PAGE_SHIFT)}; free some of it, "
-                f"or boot with a larger swap="
-            )
+            retries -= 1
+    raise Busy(
+        f"cgroup: {memcg.name} uses {format_size(memcg.usage)} that cannot be reclaimed, too much "
+        f"for a limit of {format_size(nr_pages << PAGE_SHIFT)}; free some of it, or boot with a "
+        f"larger swap="
+    )
 
 
 def memory_stat(memcg: MemCgroup) -> dict[str, int]:

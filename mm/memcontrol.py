@@ -17,7 +17,6 @@ here. Counters and columns change under `mem.locks.atomic`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Final
 
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from mm.errors import InvalidArgument, OutOfMemory
 from mm.gfp import Gfp
 from mm.locking import wait_event_timeout
-from mm.mem_cgroup import MemCgroup, css_put, css_release
+from mm.mem_cgroup import MEM_CGROUP_RECLAIM_RETRIES, MemCgroup, css_put, css_release
 from mm.page_counter import page_counter_try_charge, page_counter_uncharge
 from mm.sched import current_task
 from mm.swap_slots import nr_swap_pages
@@ -36,7 +35,6 @@ from mm.typing import Indices, Mask, Pfns, Slots
 from mm.vectors import distinct, places, rows
 
 MEM_CGROUP_ID_MAX: Final = (1 << 16) - 1
-MEM_CGROUP_RECLAIM_RETRIES: Final = 5
 NO_ROOM: Final = -1  # in place of a group's number: it has no room
 
 _DIRECT_RECLAIM: Final = int(Gfp.DIRECT_RECLAIM)
@@ -104,9 +102,10 @@ def try_charge(memcg: MemCgroup, nr_pages: int, gfp: int) -> int:
             if over is None or not gfp & _DIRECT_RECLAIM:
                 break
             if not _reclaim(over, missing):
-                if missing < nr_pages or not retries or not _others_make_room(memcg):
+                if missing < nr_pages or not retries:
                     break
                 retries -= 1
+                wait_event_timeout(lambda: memcg.memory.margin > 0)  # others may have all in hand
     finally:
         css_put(memcg)
     full = over if missing == nr_pages else None
@@ -131,11 +130,6 @@ def _reclaim(memcg: MemCgroup, nr_pages: int) -> int:
     """Reclaim *nr_pages* of *memcg*, or as many as it may have; how many it were."""
     reclaim = memcg.mem.memcg_reclaim
     return reclaim(memcg, min(nr_pages, memcg.memory.max)) if reclaim is not None else 0
-
-
-def _others_make_room(memcg: MemCgroup) -> bool:
-    """Let other threads run, which may have all its pages in hand; True if there is room then."""
-    return wait_event_timeout(lambda: memcg.memory.margin > 0)
 
 
 def commit_charge(mem: MemMap, pfns: Pfns, memcg: MemCgroup | None) -> None:
@@ -205,11 +199,9 @@ def mem_cgroup_uncharge(mem: MemMap, pfns: Pfns) -> None:
         mem.memcg[rows(pfns)] = 0
 
 
-def _by_group(mem: MemMap, owners: NDArray[np.integer]) -> Iterable[tuple[MemCgroup, Indices]]:
+def _by_group(mem: MemMap, owners: NDArray[np.integer]) -> list[tuple[MemCgroup, Indices]]:
     """The groups whose numbers are among *owners*, each with the places where they are."""
-    for number in distinct(owners):
-        if number:
-            yield mem.memcgs[number], places(owners == number)
+    return [(mem.memcgs[n], places(owners == n)) for n in distinct(owners) if n]
 
 
 def mem_cgroup_oom_synchronize() -> MemCgroup | None:
@@ -253,6 +245,8 @@ def mem_cgroup_try_charge_swap(mem: MemMap, pfns: Pfns, slots: Slots) -> Mask:
 
 def mem_cgroup_uncharge_swap(mem: MemMap, slots: Slots) -> None:
     """*slots* (distinct) are free. Linux: mem_cgroup_uncharge_swap(), mm/memcontrol.c."""
+    if not mem.memcgs:
+        return
     charged_to = mem.swap.swap_cgroup
     with mem.locks.atomic:
         for memcg, mine in _by_group(mem, charged_to[slots]):

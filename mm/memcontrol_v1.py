@@ -43,29 +43,29 @@ def mem_cgroup_attach(mm: MmStruct, to: MemCgroup | None) -> None:
     Unlike Linux v4.20, where the branch for device-private pages is never reached (5.11), those
     come along. Raises InvalidArgument where *to* was removed; OutOfMemory where it has no room, and
     then nothing has changed. Takes mmap_sem.
-    Linux: mem_cgroup_can_attach() and mem_cgroup_move_task(), mm/memcontrol.c.
+    Linux: cgroup_attach_task(), kernel/cgroup/cgroup.c; mem_cgroup_move_task(), mm/memcontrol.c.
     """
-    mem = mm.mem
     with mm.mmap_sem.write():
         was: MemCgroup | None = mm.memcg
         if to is was:
             return
         moves = to is None or to.move_charge_at_immigrate
         pages, slots = mem_cgroup_count_precharge(mm, was) if moves else (0, 0)
-        if to is not None:
-            mem_cgroup_precharge_mc(mm, to, pages, slots)
-        with mem.locks.atomic:
-            mm.memcg = to
+        if to is None:
+            mm.memcg = None
+        else:
+            mem_cgroup_can_attach(mm, to, pages, slots)
         if moves:
             gone = mem_cgroup_move_charge(mm, was, to, pages, slots)
             _uncharge(to, pages - gone[0], slots - gone[1])
             _uncharge(was, *gone)
 
 
-def mem_cgroup_precharge_mc(mm: MmStruct, to: MemCgroup, pages: int, slots: int) -> None:
-    """Charge *to* for *pages* and *slots* that *mm* is about to bring. Raises as its caller.
+def mem_cgroup_can_attach(mm: MmStruct, to: MemCgroup, pages: int, slots: int) -> None:
+    """Let *mm* join *to*, which is charged for *pages* and *slots* that it will bring.
 
-    Linux: mem_cgroup_precharge_mc(), mm/memcontrol.c.
+    Raises as mem_cgroup_attach(). Linux: mem_cgroup_can_attach() and mem_cgroup_do_precharge(),
+    mm/memcontrol.c.
     """
     mem = mm.mem
     with mem.locks.atomic:
@@ -75,6 +75,7 @@ def mem_cgroup_precharge_mc(mm: MmStruct, to: MemCgroup, pages: int, slots: int)
     with mem.locks.atomic:
         in_swap, _ = page_counter_try_charge(to.swap, slots)
         if (charged, in_swap) == (pages, slots) and to.online:
+            mm.memcg = to
             return
         _uncharge(to, charged, in_swap)
     if not to.online:

@@ -10,7 +10,8 @@ reach. By what the page table holds there each goes one way:
              or to be its own
 
 A fault may end well and yet leave the entry as it was: the caller looks again and comes back,
-as a CPU runs its instruction again.
+as a CPU runs its instruction again. One that userland has asked for (userfaultfd) ends with RETRY
+and a reason: the caller lets go of mmap_sem, waits for the answer, and comes back.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.locking import preempt
 from mm.mempolicy import alloc_charged_pages
 from mm.migrate import migration_entry_wait
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.mmu_notifier import (
+    MmuNotifyEvent,
+    mmu_notifier_change_pte,
+    mmu_notifier_invalidate_range,
+    mmu_notifier_range,
+)
 from mm.page_flags import PG_anon_exclusive, PG_uptodate
 from mm.pgtable import (
     _PAGE_ACCESSED,
@@ -36,14 +42,17 @@ from mm.pgtable import (
     _PAGE_DIRTY,
     _PAGE_SOFT_DIRTY,
     _PAGE_SPECIAL,
+    _PAGE_UFFD_WP,
     PTRS_PER_PTE,
     mk_pte,
     pte_alloc_each,
+    pte_mkuffd_wp,
     pte_none,
     pte_offset,
     pte_pfn,
     pte_present,
     pte_special,
+    pte_uffd_wp,
     pte_write,
 )
 from mm.rmap import (
@@ -61,14 +70,19 @@ from mm.swapops import (
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_pte_marker,
     is_swap_entry,
     make_device_private_entry,
+    pte_none_mostly,
+    pte_swp_uffd_wp,
     swp_offset,
 )
 from mm.trace import TracePoint
 from mm.types import (
     VM_FAULT_ERROR,
     VM_SHARED,
+    VM_UFFD_MISSING,
+    VM_UFFD_WP,
     VM_WRITE,
     MemMap,
     MmStruct,
@@ -78,9 +92,18 @@ from mm.types import (
     page_anon,
 )
 from mm.typing import PAGE_SIZE, Addresses, Faults, Indices, Mask, Pfns, Ptes, pages, word
+from mm.userfaultfd_k import (
+    handle_userfault,
+    userfaultfd_missing,
+    userfaultfd_pte_wp,
+    userfaultfd_wp,
+    userfaultfd_wp_async,
+)
 from mm.vectors import every, has, pieces, places, some, stretches
 
 _WRITTEN: Final = word(_PAGE_ACCESSED | _PAGE_DIRTY | _PAGE_SOFT_DIRTY)
+_WATCHED: Final = word(_PAGE_SOFT_DIRTY | _PAGE_UFFD_WP)  # what a copy keeps that is not stored to
+_NOT_UFFD_WP: Final = word(~_PAGE_UFFD_WP)
 
 page_fault_user: Final = TracePoint("page_fault_user")
 
@@ -94,7 +117,10 @@ def handle_mm_fault(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool = 
     """
     preempt("handle_mm_fault")
     mm = vma.vm_mm
-    faults = _handle_pte_faults(vma, addrs, write=write, unshare=unshare)
+    if vma.vm_userfaultfd_ctx is None:
+        faults = _handle_pte_faults(vma, addrs, write=write, unshare=unshare)
+    else:
+        faults = _handle_userfaults(vma, addrs, write=write, unshare=unshare)
     mm_account_fault(mm.mem, faults)
     return faults
 
@@ -117,6 +143,20 @@ def mm_account_fault(mem: MemMap, faults: Faults) -> None:
     mem.vmstat.add("pgmajfault", nr_major)
     task.maj_flt += nr_major
     task.min_flt += served.size - nr_major
+
+
+def _handle_userfaults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool) -> Faults:
+    """Serve faults up to the first that is userland's; those after it are not due yet (RETRY)."""
+    mm = vma.vm_mm
+    ptes = mm.mem.tables.entries[pte_offset(mm.mem.tables, mm.pgd, addrs)]
+    asked = pte_none_mostly(ptes) & userfaultfd_missing(vma)
+    if write and userfaultfd_wp(vma) and not userfaultfd_wp_async(vma):
+        asked |= pte_present(ptes) & ~pte_write(ptes) & pte_uffd_wp(ptes)
+        asked |= is_swap_entry(ptes) & pte_swp_uffd_wp(ptes)
+    due = places(asked)[0] + 1 if some(asked) else addrs.size
+    faults = np.full(addrs.size, VmFault.RETRY, dtype=np.uint16)
+    faults[:due] = _handle_pte_faults(vma, addrs[:due], write=write, unshare=unshare)
+    return faults
 
 
 def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool) -> Faults:
@@ -179,16 +219,24 @@ def pte_offset_alloc(mm: MmStruct, addrs: Addresses) -> Indices:
     return at
 
 
-def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -> Faults:
+def do_anonymous_page(
+    vma: Vma, addrs: Addresses, at: Indices, *, write: bool, marked: bool = False
+) -> Faults:
     """First touch: map the zero page for reads, zeroed frames for writes.
 
-    Linux: do_anonymous_page(), mm/memory.c.
+    Where userland brings the pages, it is asked. marked: there are markers, and the pages that
+    come are write-protected by userfaultfd. Linux: do_anonymous_page(), mm/memory.c.
     """
     mm, mem = vma.vm_mm, vma.vm_mm.mem
+    if vma.vm_flags & VM_UFFD_MISSING:
+        return _missing(vma, at, write=write, marked=marked)
+    untouched_is = is_pte_marker if marked else pte_none
     if not write:
         zero = mk_pte(pages(mem.zero_pfn), vma.vm_page_prot)[0] | _PAGE_SPECIAL
+        if marked:
+            zero = pte_mkuffd_wp(zero)
         with mm.page_table_lock:
-            untouched = at[pte_none(mem.tables.entries[at])]
+            untouched = at[untouched_is(mem.tables.entries[at])]
             mem.tables.entries[untouched] = zero
         mem.vmstat.add("zeropage_read_faults", addrs.size)
         return np.zeros(addrs.size, dtype=np.uint16)
@@ -197,14 +245,30 @@ def do_anonymous_page(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -
     pfns, faults = _alloc_zeroed_pages(vma, addrs)
     with mm.page_table_lock:
         here = at[: pfns.size]
-        empty = pte_none(mem.tables.entries[here])
+        empty = untouched_is(mem.tables.entries[here])
         mine = pfns if every(empty) else pfns[empty]
-        _map_new_pages(vma, addrs[: pfns.size][empty], here[empty], mine, anon_entries(vma, mine))
+        entries = anon_entries(vma, mine)
+        if marked:
+            entries = pte_mkuffd_wp(entries)
+        _map_new_pages(vma, addrs[: pfns.size][empty], here[empty], mine, entries)
         mm.anon_rss += mine.size
     lru_cache_add_active(mem, mine, cpu)
     if mine.size < pfns.size:
         put_page(mem, pfns[~empty], cpu)  # another thread was first
     return faults
+
+
+def _missing(vma: Vma, at: Indices, *, write: bool, marked: bool) -> Faults:
+    """Leave what still has no page at places *at* to userland.
+
+    As in Linux, a store finds that out when all is ready for a page.
+    """
+    if write:
+        anon_vma_prepare(vma)
+    with vma.vm_mm.page_table_lock:
+        ptes = vma.vm_mm.mem.tables.entries[at]
+    untouched = is_pte_marker(ptes) if marked else pte_none(ptes)
+    return untouched * np.uint16(handle_userfault(vma, VmFault.UFFD_MISSING))
 
 
 def _alloc_zeroed_pages(vma: Vma, addrs: Addresses) -> tuple[Pfns, Faults]:
@@ -249,19 +313,28 @@ def do_wp_page(vma: Vma, addrs: Addresses, at: Indices, *, unshare: bool = False
 
     A page that is the process's own is made writable as it is. The zero page, and one that
     others may reach too, is copied. With *unshare* the entry stays read-only, and only whose page
-    it maps changes. Linux: do_wp_page(), mm/memory.c.
+    it maps changes. What userfaultfd protects is userland's to allow.
+    Linux: do_wp_page(), mm/memory.c.
     """
     if vma.vm_flags & VM_SHARED:
         return wp_page_shared(vma, addrs, at)
     mem = vma.vm_mm.mem
+    faults = np.zeros(addrs.size, dtype=np.uint16)
     with vma.vm_mm.page_table_lock:
         ptes = mem.tables.entries[at]
         readonly = pte_present(ptes) & ~pte_write(ptes)
+        if vma.vm_flags & VM_UFFD_WP and not unshare:
+            guarded = readonly & userfaultfd_pte_wp(vma, ptes)
+            if userfaultfd_wp_async(vma):
+                ptes[guarded] &= _NOT_UFFD_WP
+                mem.tables.entries[at[guarded]] = ptes[guarded]
+            else:
+                faults[guarded] = handle_userfault(vma, VmFault.UFFD_WP)
+                readonly &= ~guarded
         sole = readonly & ~pte_special(ptes)
         sole[sole] = _can_reuse(vma, pte_pfn(ptes[sole]))
         if not unshare:
             mem.tables.entries[at[sole]] |= maybe_mkwrite(vma)
-    faults = np.zeros(addrs.size, dtype=np.uint16)
     shared = readonly & ~sole
     if some(shared):
         faults[shared] = wp_page_copy(vma, addrs[shared], at[shared], ptes[shared], unshare=unshare)
@@ -295,17 +368,19 @@ def wp_page_copy(
     old, zero = pte_pfn(ptes), pte_special(ptes)
     if mem.payload is not None and not every(zero):
         mem.payload[new[~zero]] = mem.payload[old[~zero]]
-    kept = ptes & _PAGE_SOFT_DIRTY if unshare else maybe_mkwrite(vma)
+    kept = ptes & _WATCHED if unshare else maybe_mkwrite(vma)
     entries = mk_pte(new, vma.vm_page_prot) | kept
 
     for near in stretches(addrs, PAGE_SIZE):
         start, end = addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE
         with (
-            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR),
+            mmu_notifier_range(mm, start, end, MmuNotifyEvent.CLEAR, only_end=True),
             mm.page_table_lock,
         ):
             same = mem.tables.entries[at[near]] == ptes[near]
             used = new[near][same]
+            if mm.notifier_extras:
+                replace_ptes_notify(mm, addrs[near][same], at[near][same], entries[near][same])
             _map_new_pages(vma, addrs[near][same], at[near][same], used, entries[near][same])
             replaced = old[near][same & ~zero[near]]
             mm.anon_rss += used.size
@@ -316,6 +391,18 @@ def wp_page_copy(
         lru_cache_add_active(mem, used, cpu)
     mem.vmstat.add("cow_faults", new.size)
     return faults
+
+
+def replace_ptes_notify(mm: MmStruct, addrs: Addresses, at: Indices, ptes: Ptes) -> None:
+    """Empty the entries at *addrs*, which are about to become *ptes*, and tell who listens to that.
+
+    Called with the page-table lock held. Linux: ptep_clear_flush_notify() and the first half of
+    set_pte_at_notify(), include/linux/mmu_notifier.h.
+    """
+    mm.mem.tables.entries[at] = 0
+    for near in stretches(addrs, PAGE_SIZE):
+        mmu_notifier_invalidate_range(mm, addrs[near].item(0), addrs[near].item(-1) + PAGE_SIZE)
+    mmu_notifier_change_pte(mm, addrs, ptes)
 
 
 def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:
@@ -342,11 +429,27 @@ def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: 
     if some(swapped):
         faults[swapped] = _swap_in(vma, addrs[swapped], at[swapped], ptes[swapped], write=write)
     unknown = ~(moving | private | lost | exclusive | swapped)
+    if vma.vm_mm.uffd_wp and some(marked := is_pte_marker(ptes)):
+        faults[marked] = _handle_pte_marker(vma, addrs[marked], at[marked], write=write)
+        unknown &= ~marked
     if some(unknown):
         raise KernelBug(
             f"bad page table entry {ptes[unknown][0]:#x} at {addrs[unknown][0]:#x} of {vma!r}"
         )
     return faults
+
+
+def _handle_pte_marker(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -> Faults:
+    """First touch of what userfaultfd protects; one that it has left is an ordinary first touch.
+
+    Linux: pte_marker_handle_uffd_wp(), mm/memory.c.
+    """
+    if userfaultfd_wp(vma):
+        return do_anonymous_page(vma, addrs, at, write=write, marked=True)
+    entries = vma.vm_mm.mem.tables.entries
+    with vma.vm_mm.page_table_lock:
+        entries[at[is_pte_marker(entries[at])]] = 0
+    return np.zeros(addrs.size, dtype=np.uint16)
 
 
 def _swap_in(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: bool) -> Faults:

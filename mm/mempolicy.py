@@ -29,7 +29,7 @@ from mm.page_alloc import Nodes, alloc_pages_bulk
 from mm.sched import Task, current_task
 from mm.types import VM_IO, VM_PFNMAP, MemMap, Vma, linear_page_index
 from mm.typing import NO_PAGES, Addresses, Indices, Pfns
-from mm.vectors import distinct, joined, places
+from mm.vectors import distinct, joined, places, stretches
 
 MAX_NUMNODES: Final = 1 << 10  # numbers that a node may have, whether it is there or not
 
@@ -58,7 +58,8 @@ class Mempolicy(NamedTuple):
 def mpol_new(mem: MemMap, mode: str, nodes: Sequence[int] = ()) -> Mempolicy | None:
     """The policy *mode* ("default", "preferred", "bind", "interleave" or "local") over *nodes*.
 
-    None for the default. Nodes that the machine does not have are left out; of those preferred
+    None for the default. Nodes that the machine does not have, or the task that runs may not use
+    (mm/cpuset.py), are left out; of those preferred
     the first one counts, and to prefer none is local. Raises InvalidArgument.
     Linux: mpol_new() and mpol_set_nodemask(), mm/mempolicy.c.
     """
@@ -72,11 +73,10 @@ def mpol_new(mem: MemMap, mode: str, nodes: Sequence[int] = ()) -> Mempolicy | N
         if named:
             raise InvalidArgument(f"the policy {mode} takes no nodes, got {named}")
         return Mempolicy(kind) if kind else None
-    present = tuple(nid for nid in named if nid < len(mem.nodes))
+    mems = cpuset_mems_allowed(mem, current_task())
+    present = tuple(nid for nid in named if nid in mems)
     if not present:
-        raise InvalidArgument(
-            f"the policy {mode} needs a node of 0..{len(mem.nodes) - 1}, got {named}"
-        )
+        raise InvalidArgument(f"the policy {mode} needs a node of {show_nodes(mems)}, got {named}")
     return Mempolicy(kind, present[:1] if kind is Mpol.PREFERRED else present)
 
 
@@ -91,9 +91,52 @@ def check_nodes(nodes: Any) -> list[int]:
     return sorted({int(nid) for nid in nodes})
 
 
+def cpuset_mems_allowed(mem: MemMap, task: Task) -> tuple[int, ...]:
+    """The nodes that *task* may use. Linux: cpuset_mems_allowed(), kernel/cgroup/cpuset.c."""
+    mems = task.mems_allowed
+    return tuple(range(len(mem.nodes))) if mems is None else mems
+
+
+def show_nodes(nodes: Sequence[int]) -> str:
+    """*nodes*, ascending, as people write them: 0..3, or 0, 2."""
+    if len(nodes) == nodes[-1] - nodes[0] + 1:
+        return f"{nodes[0]}..{nodes[-1]}"
+    return ", ".join(map(str, nodes))
+
+
+def mpol_rebind(
+    policy: Mempolicy | None, old: Sequence[int], new: Sequence[int]
+) -> Mempolicy | None:
+    """*policy* of a task that could use nodes *old* and can use nodes *new* now.
+
+    The n-th of the old nodes becomes the n-th of the new ones, which begin anew where they are
+    fewer. Unlike Linux v4.20, which takes the result for what it counts from the next time (5.2
+    does not). Linux: mpol_rebind_policy(), mm/mempolicy.c; nodes_remap(), lib/bitmap.c.
+    """
+    if policy is None or not policy.nodes:
+        return policy
+    moved = {nid: new[n % len(new)] for n, nid in enumerate(old)}
+    return Mempolicy(policy.mode, tuple(sorted({moved.get(nid, nid) for nid in policy.nodes})))
+
+
 def mpol_equal(a: Mempolicy | None, b: Mempolicy | None) -> bool:
     """True where *a* and *b* choose alike, so that VMAs may merge. Linux: mpol_equal()."""
     return a == b
+
+
+def mpol_to_str(policy: Mempolicy | None) -> str:
+    """*policy* as /proc shows it: "default", "prefer:0", "bind:0-2,5".
+
+    Linux: mpol_to_str(), mm/mempolicy.c.
+    """
+    if policy is None:
+        return "default"
+    name = "prefer" if policy.mode is Mpol.PREFERRED else policy.mode.name.lower()
+    if not policy.nodes:
+        return name
+    nodes = np.array(policy.nodes)
+    runs = [nodes[run].tolist() for run in stretches(nodes)]
+    return f"{name}:{','.join(f'{r[0]}-{r[-1]}' if len(r) > 1 else str(r[0]) for r in runs)}"
 
 
 def vma_migratable(vma: Vma) -> bool:

@@ -84,17 +84,25 @@ def devm_memunmap_pages(mem: MemMap, zone: Zone) -> None:
     Raises Busy, with nothing changed, where pages are in use.
     Linux: devm_memremap_pages_release(), kernel/memremap.c.
     """
-    rows = slice(zone.start_pfn, zone.end_pfn)
-    used = places(mem.refcount[rows] != FREE_REFCOUNT)
+    used = pages_in_use(mem, zone)
     if used.size:
         raise Busy(
-            f"{used.size} device pages are in use, the first is PFN {zone.start_pfn + used[0]:#x}; "
-            f"evict them first"
+            f"{used.size} device pages are in use, the first is PFN {used[0]:#x}; evict them first"
         )
+    rows = slice(zone.start_pfn, zone.end_pfn)
     for column in COLUMNS:
         getattr(mem, column.name)[rows] = 0
     mem.memory_type[zone.index] = MemoryType.HOLE
     mem.zones[zone.index] = None
+
+
+def pages_in_use(mem: MemMap, zone: Zone) -> Pfns:
+    """The pages of a device's *zone* that somebody holds, ascending.
+
+    Linux: what percpu_ref_kill(pgmap->ref) waits for, kernel/memremap.c.
+    """
+    used = places(mem.refcount[zone.start_pfn : zone.end_pfn] != FREE_REFCOUNT)
+    return zone.start_pfn + used
 
 
 def free_zone_device_page(mem: MemMap, pfns: Pfns) -> None:

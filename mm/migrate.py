@@ -50,6 +50,8 @@ from mm.writeback import wait_on_page_writeback
 
 # Gives a frame for each page that is to move; for the first of them only, where memory is short.
 NewPages: TypeAlias = Callable[[Pfns], Pfns]
+# Takes a reference to each page that has moved, and the CPU: put_page(), or who keeps the pages.
+PutPages: TypeAlias = Callable[[MemMap, Pfns, int], None]
 
 NR_MAX_BATCHED_MIGRATION: Final = 1 << 13  # pages on their way at a time; 512 since v6.3
 NR_MAX_MIGRATE_PAGES_RETRY: Final = 10
@@ -263,20 +265,23 @@ def putback_movable_pages(mem: MemMap, pfns: Pfns) -> None:
     lru_add_drain(mem, current_task().cpu)
 
 
-def migrate_pages(mem: MemMap, pfns: Pfns, get_new_pages: NewPages) -> Errnos:
+def migrate_pages(
+    mem: MemMap, pfns: Pfns, get_new_pages: NewPages, put_old_pages: PutPages = put_page
+) -> Errnos:
     """Let new pages take the place of *pfns*, which the caller has isolated; 0 for each that moved.
 
     -EAGAIN: it stays, for at each of ten attempts somebody held it or had it locked, or it was on
     its way to disk. -EINVAL: its file can do nothing about its being dirty. -ENOMEM:
-    frames ran out at this page or before its turn. What moved is freed, what stays is on its list
-    again. Linux: migrate_pages(), mm/migrate.c.
+    frames ran out at this page or before its turn. What moved is freed, or *put_old_pages* has it;
+    what stays is on its list again. Linux: migrate_pages(), mm/migrate.c.
     """
     status = np.full(pfns.size, -errno.ENOMEM, dtype=np.int32)
     filed = _of_files(mem, pfns) if mem.mappings else np.zeros(pfns.size, dtype=np.bool_)
     try:
         for first in range(0, pfns.size, NR_MAX_BATCHED_MIGRATION):
             batch = slice(first, first + NR_MAX_BATCHED_MIGRATION)
-            if not _migrate_pages_batch(mem, pfns[batch], status[batch], get_new_pages):
+            mine = pfns[batch], status[batch]
+            if not _migrate_pages_batch(mem, *mine, get_new_pages, put_old_pages):
                 break
     finally:
         putback_movable_pages(mem, pfns[status != 0])
@@ -291,7 +296,9 @@ def migrate_pages(mem: MemMap, pfns: Pfns, get_new_pages: NewPages) -> Errnos:
     return status
 
 
-def _migrate_pages_batch(mem: MemMap, pfns: Pfns, status: Errnos, get_new_pages: NewPages) -> bool:
+def _migrate_pages_batch(
+    mem: MemMap, pfns: Pfns, status: Errnos, get_new_pages: NewPages, put_old_pages: PutPages
+) -> bool:
     """Try until *pfns* have moved or it is no use; False where frames run out.
 
     Linux: migrate_pages_batch() and migrate_pages_sync(), mm/migrate.c, v6.3.
@@ -304,14 +311,21 @@ def _migrate_pages_batch(mem: MemMap, pfns: Pfns, status: Errnos, get_new_pages:
         if attempt:
             cond_resched()
         wait = attempt >= NR_MAX_MIGRATE_ASYNC_RETRY
-        status[left] = unmap_and_move(mem, pfns[left], get_new_pages, wait=wait)
+        status[left] = unmap_and_move(mem, pfns[left], get_new_pages, put_old_pages, wait=wait)
         if some(status == -errno.ENOMEM):
             return False
     return True
 
 
-def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bool) -> Errnos:
-    """Attempt to move isolated *pfns*, once: 0 where a page has moved and is freed.
+def unmap_and_move(
+    mem: MemMap,
+    pfns: Pfns,
+    get_new_pages: NewPages,
+    put_old_pages: PutPages = put_page,
+    *,
+    wait: bool,
+) -> Errnos:
+    """Attempt to move isolated *pfns*, once: 0 where a page has moved and *put_old_pages* has it.
 
     -EAGAIN for those that somebody else holds or, unless we are to *wait*, has locked; -ENOMEM
     for those that no frame was left for. They are as before. Raises Deadlock where this thread
@@ -340,7 +354,7 @@ def unmap_and_move(mem: MemMap, pfns: Pfns, get_new_pages: NewPages, *, wait: bo
     if mem.payload is not None:
         copy_highpages(mem.payload, new[moved], mem.payload, old[moved])
     remove_migration_ptes(mem, old, np.where(moved, new, old))
-    _release(mem, old, new, moved)
+    _release(mem, old, new, moved, put_old_pages)
     return status
 
 
@@ -354,7 +368,7 @@ def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
         raise
 
 
-def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
+def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask, put_old_pages: PutPages) -> None:
     """Unlock both; put new[i] on a list where it has *moved*, and free what is left over.
 
     The locks go first: ours may be the last reference, if others have unmapped the page.
@@ -365,4 +379,4 @@ def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
     putback_lru_page(mem, new[moved], cpu)
     lru_add_drain(mem, cpu)
     put_page(mem, new[~moved], cpu)
-    put_page(mem, old[moved], cpu)
+    put_old_pages(mem, old[moved], cpu)

@@ -8,10 +8,9 @@ from mm.errors import InvalidArgument, NotMapped
 from mm.mmap import find_vma, page_align
 from mm.page_flags import PG_uptodate
 from mm.pagewalk import walk_page_range
-from mm.pgtable import pte_none
 from mm.shmem import shmem_mapping
 from mm.swap_state import lookup_swap_cache
-from mm.swapops import is_swap_entry, swp_offset
+from mm.swapops import is_swap_entry, pte_none_mostly, swp_offset
 from mm.types import MemMap, MmStruct, Vma, linear_page_index
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask, Ptes
 from mm.vectors import has, places
@@ -64,7 +63,7 @@ def _mincore_ptes(mem: MemMap, ptes: Ptes) -> tuple[Mask, Mask]:
 
     Linux: mincore_pte_range() and mincore_page(), mm/mincore.c.
     """
-    resident = ~pte_none(ptes)
+    resident = ~pte_none_mostly(ptes)
     known = resident.copy()
     swapped = places(is_swap_entry(ptes))
     if swapped.size:

@@ -8,9 +8,10 @@ reclaim, not from moving.
 
 from __future__ import annotations
 
+from mm.cred import check_mlock
 from mm.errors import BusError, NotMapped, OutOfMemory, SegmentationFault, TryAgain
 from mm.gup import mm_populate
-from mm.mmap import find_vma, page_align
+from mm.mmap import find_vma, page_align, vmas_in
 from mm.pagewalk import walk_page_range
 from mm.pgtable import pte_pfn, pte_present, pte_special
 from mm.sched import current_task
@@ -34,12 +35,13 @@ def do_mlock(mm: MmStruct, start: int, length: int, vm_flags: int) -> None:
 
     *vm_flags*: VM_LOCKED, and VM_LOCKONFAULT to lock pages as they come instead of faulting them
     in now. Takes mmap_sem. Raises NotMapped at a hole, or where the VMA allows no access at all,
-    and TryAgain where memory is short; what came before is locked then.
-    Linux: do_mlock(), mm/mlock.c.
+    and TryAgain where memory is short; what came before is locked then. PermissionDenied or
+    OutOfMemory where the task may not lock so much.     Linux: do_mlock(), mm/mlock.c.
     """
     length = page_align(length + start % PAGE_SIZE)
     start &= ~(PAGE_SIZE - 1)
     with mm.mmap_sem.write():
+        check_mlock(mm, (length >> PAGE_SHIFT) - count_mm_mlocked_page_nr(mm, start, length))
         apply_vma_lock_flags(mm, start, length, vm_flags)
     try:
         mm_populate(mm, start, length, ignore_errors=False)
@@ -47,6 +49,16 @@ def do_mlock(mm: MmStruct, start: int, length: int, vm_flags: int) -> None:
         raise NotMapped(f"mlock: {error.strerror}") from error
     except OutOfMemory as error:
         raise TryAgain(f"mlock: {error.strerror}") from error
+
+
+def count_mm_mlocked_page_nr(mm: MmStruct, start: int, length: int) -> int:
+    """Pages of a range that are VM_LOCKED already. Linux: count_mm_mlocked_page_nr()."""
+    end = start + length
+    return sum(
+        (min(vma.vm_end, end) - max(vma.vm_start, start)) >> PAGE_SHIFT
+        for vma in vmas_in(mm, start, end)
+        if vma.vm_flags & VM_LOCKED
+    )
 
 
 def do_munlock(mm: MmStruct, start: int, length: int) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from functools import partial
 from typing import Final
 
+from mm.cred import can_do_mlock, mlock_future_check
 from mm.errors import (
     AccessDenied,
     BadFile,
@@ -41,6 +42,7 @@ from mm.types import (
     vma_set_page_prot,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
+from mm.userfaultfd_k import userfaultfd_exit, userfaultfd_unmap_prep
 from mm.vma import VmaMerge, insert_vma, remove_vma, split_vma, vma_merge
 from mm.zap import zap_pte_range
 
@@ -81,7 +83,8 @@ def do_mmap(
     to the highest gap below MMAP_BASE. Stores to a VM_SHARED mapping are seen by all who share
     it, those to another by the process alone. The caller holds mmap_sem for write, and populates
     the area where that is wanted. Raises InvalidArgument, InvalidRange, OutOfMemory; AccessDenied
-    where *file* is not open for that. Linux: do_mmap() and mmap_region(), mm/mmap.c.
+    where *file* is not open for that; PermissionDenied or TryAgain where it is VM_LOCKED and the
+    task may not lock so much. Linux: do_mmap() and mmap_region(), mm/mmap.c.
     """
     if length <= 0:
         raise InvalidArgument(f"mmap: length must be positive, got {length}")
@@ -94,6 +97,9 @@ def do_mmap(
         addr = get_unmapped_area(mm, length)
     else:
         check_fixed("mmap", addr, length)
+    if vm_flags & VM_LOCKED:
+        can_do_mlock("mmap")
+        mlock_future_check(mm, length >> PAGE_SHIFT, "mmap")
     if accountable_mapping(vm_flags):
         vm_enough_memory(mm.mem, length >> PAGE_SHIFT, "mmap")
         vm_flags |= VM_ACCOUNT
@@ -209,9 +215,9 @@ def vmas_in(mm: MmStruct, start: int, end: int) -> list[Vma]:
 def do_munmap(mm: MmStruct, start: int, length: int) -> None:
     """Unmap [*start*, *start* + *length*); parts that nothing maps are skipped.
 
-    The caller holds mmap_sem for write. Raises InvalidArgument, InvalidRange; OutOfMemory, with
-    nothing unmapped, where it would cut a hole into a VMA and there are too many.
-    Linux: do_munmap(), mm/mmap.c.
+    The caller holds mmap_sem for write, and calls userfaultfd_complete() when it has let go of it.
+    Raises InvalidArgument, InvalidRange; OutOfMemory, with nothing unmapped, where it would cut a
+    hole into a VMA and there are too many. Linux: do_munmap(), mm/mmap.c.
     """
     if start % PAGE_SIZE:
         raise InvalidArgument(f"munmap: addr {start:#x} is not a multiple of {PAGE_SIZE:#x}")
@@ -220,9 +226,12 @@ def do_munmap(mm: MmStruct, start: int, length: int) -> None:
     end = start + page_align(length)
     if start < 0 or end > TASK_SIZE_MAX:
         raise InvalidRange(f"munmap: [{start:#x}, {end:#x}) is not below {TASK_SIZE_MAX:#x}")
-    for vma in vmas_in(mm, start, end):
-        if vma.vm_start < start and end < vma.vm_end:
-            check_map_count(mm, "munmap")
+    vmas = vmas_in(mm, start, end)
+    if len(vmas) == 1 and vmas[0].vm_start < start and end < vmas[0].vm_end:
+        check_map_count(mm, "munmap")
+    if mm.userfaultfds:
+        userfaultfd_unmap_prep(vmas, start, end)
+    for vma in vmas:
         inner = split_vma(vma, start) if vma.vm_start < start else vma
         if inner.vm_end > end:
             split_vma(inner, end)
@@ -254,6 +263,7 @@ def exit_mmap(mm: MmStruct) -> None:
     Linux: exit_mmap(), mm/mmap.c.
     """
     mm.exited = True
+    userfaultfd_exit(mm)
     everything = mmu_notifier_range(mm, 0, ULONG_MAX, MmuNotifyEvent.UNMAP)
     call_each(
         (

@@ -16,7 +16,13 @@ A reader of the second kind never stops a change; he looks whether one came in b
 
 `mm.invalidate_seq` is odd while a change is under way that an interval hears of, and even
 otherwise. invalidate() stores the odd number in its notifier, so the two are equal until the
-change ends. Linux: mm/mmu_notifier.c. Unlike Linux v4.20, a range has an event and an owner (as in
+change ends.
+
+A device that has its own page tables may also lend an ear to single entries, and tell which pages
+it has used, by methods that a MmuNotifier need not have: see `EXTRAS`. Who has them is known from
+registration on, so that an address space without such a listener does not ask.
+
+Linux: mm/mmu_notifier.c. Unlike Linux v4.20, a range has an event and an owner (as in
 v5.9), by which a driver passes over the migrations that it asked for, and there are intervals (as
 in v5.5).
 """
@@ -30,9 +36,12 @@ from enum import Enum
 from functools import partial
 from typing import Final, NamedTuple, Protocol
 
-from mm.errors import Deadlock, DriverBug, InvalidArgument, Overflow, WouldBlock
+import numpy as np
+
+from mm.errors import Deadlock, DriverBug, InvalidArgument, KernelBug, Overflow, WouldBlock
 from mm.locking import NOBODY, current
 from mm.types import MmStruct
+from mm.typing import Addresses, Mask, Ptes
 
 ULONG_MAX: Final = (1 << 64) - 1
 
@@ -78,7 +87,26 @@ class MmuNotifier(Protocol):
         """The change is done."""
 
     def release(self, mm: MmStruct) -> None:
-        """The address space is about to go: forget all of it."""
+        """The address space is about to go, or the listener is: forget all of it. Called once."""
+
+
+class MmuNotifierExtras(MmuNotifier, Protocol):
+    """What a listener may have besides, any or all of it; called with the page-table lock held.
+
+    clear_young() and test_young() of Linux are asked by nobody here.
+    """
+
+    def invalidate_range(self, mm: MmStruct, start: int, end: int) -> None:
+        """Entries of [*start*, *end*) have changed: flush what a shared page table has cached."""
+
+    def change_pte(self, mm: MmStruct, addrs: Addresses, ptes: Ptes) -> None:
+        """The entries at *addrs* are about to become *ptes*."""
+
+    def clear_flush_young(self, mm: MmStruct, addrs: Addresses) -> Mask:
+        """True for *addrs* that the device has used since it was last asked."""
+
+
+EXTRAS: Final = ("invalidate_range", "change_pte", "clear_flush_young")
 
 
 class MmuIntervalNotifier(ABC):
@@ -104,15 +132,79 @@ class MmuIntervalNotifier(ABC):
 
 
 def mmu_notifier_register(notifier: MmuNotifier, mm: MmStruct) -> None:
-    """Let *notifier* hear of every change in *mm*. Linux: mmu_notifier_register()."""
-    mm.notifiers.append(notifier)
+    """Let *notifier* hear of every change in *mm* that begins from now on.
+
+    Raises InvalidArgument where *mm* is gone, or has it already. Linux: mmu_notifier_register().
+    """
+    if mm.exited:
+        raise InvalidArgument(f"mmu_notifier_register: {mm.name} has exited")
+    with mm.mem.locks.atomic:
+        if any(other is notifier for other in mm.notifiers):
+            raise InvalidArgument(f"mmu_notifier_register: it listens to {mm.name} already")
+        mm.notifiers.append(notifier)
+        _note_extras(mm)
 
 
 def mmu_notifier_unregister(notifier: MmuNotifier, mm: MmStruct) -> None:
-    """Stop that; nothing happens where *mm* has forgotten it. Linux: mmu_notifier_unregister()."""
+    """Release *notifier*, and stop that; nothing happens where *mm* has released it.
+
+    From a callback too: it hears the end of what it heard the start of.
+    Linux: mmu_notifier_unregister().
+    """
+    if _forget(notifier, mm):
+        notifier.release(mm)
+
+
+def mmu_notifier_unregister_no_release(notifier: MmuNotifier, mm: MmStruct) -> None:
+    """The same, for a listener that knows. Linux: mmu_notifier_unregister_no_release()."""
+    _forget(notifier, mm)
+
+
+def _forget(notifier: MmuNotifier, mm: MmStruct) -> bool:
+    """True for who does so first: exit, or whoever unregisters it."""
     with mm.mem.locks.atomic:
-        if notifier in mm.notifiers:
-            mm.notifiers.remove(notifier)
+        for i, other in enumerate(mm.notifiers):
+            if other is notifier:
+                del mm.notifiers[i]
+                _note_extras(mm)
+                return True
+    return False
+
+
+def _note_extras(mm: MmStruct) -> None:
+    """Note who has which of EXTRAS, with `atomic` held."""
+    found = {name: [n for n in mm.notifiers if hasattr(n, name)] for name in EXTRAS}
+    mm.notifier_extras = {name: listeners for name, listeners in found.items() if listeners}
+
+
+def mmu_notifier_invalidate_range(mm: MmStruct, start: int, end: int) -> None:
+    """Entries of [*start*, *end*) have just changed, between start and end of an invalidation.
+
+    Called with the page-table lock held. Linux: mmu_notifier_invalidate_range().
+    """
+    for notifier in mm.notifier_extras.get("invalidate_range", ()):
+        notifier.invalidate_range(mm, start, end)
+
+
+def mmu_notifier_change_pte(mm: MmStruct, addrs: Addresses, ptes: Ptes) -> None:
+    """The entries at *addrs*, empty by now, become *ptes*; with the page-table lock held.
+
+    Linux: mmu_notifier_change_pte(), as set_pte_at_notify() calls it.
+    """
+    for notifier in mm.notifier_extras.get("change_pte", ()):
+        notifier.change_pte(mm, addrs, ptes)
+
+
+def mmu_notifier_clear_flush_young(mm: MmStruct, addrs: Addresses) -> Mask:
+    """True for *addrs* that some device has used since this was last asked; all are asked.
+
+    Called with the page-table lock held. Linux: mmu_notifier_clear_flush_young(), as
+    ptep_clear_flush_young_notify() calls it.
+    """
+    young = np.zeros(addrs.size, dtype=np.bool_)
+    for notifier in mm.notifier_extras.get("clear_flush_young", ()):
+        young |= notifier.clear_flush_young(mm, addrs)
+    return young
 
 
 def mmu_interval_notifier_insert(
@@ -225,10 +317,14 @@ class mmu_notifier_range:  # noqa: N801 - used as a function is: with mmu_notifi
 
     Raises WouldBlock where *blockable* is False and a listener would have to wait. Then, and
     where a listener raises, the block does not run, and whoever heard the start hears the end.
-    Linux: mmu_notifier_invalidate_range_start(), _start_nonblock() and _end().
+    only_end: the block itself calls mmu_notifier_invalidate_range() for what it changes.
+
+    A thread's ranges nest: KernelBug for one that ends before another that began later, or that
+    is not under way. Linux: mmu_notifier_invalidate_range_start(), _start_nonblock(), _end() and
+    _only_end().
     """
 
-    __slots__ = ("invalid", "listeners")
+    __slots__ = ("flush", "invalid", "listeners")
 
     def __init__(
         self,
@@ -239,8 +335,10 @@ class mmu_notifier_range:  # noqa: N801 - used as a function is: with mmu_notifi
         owner: object = None,
         *,
         blockable: bool = True,
+        only_end: bool = False,
     ) -> None:
         self.invalid = MmuNotifierRange(mm, start, end, event, owner, blockable, current())
+        self.flush = not only_end
         self.listeners: tuple[MmuNotifier, ...] = ()
 
     def __enter__(self) -> None:
@@ -262,7 +360,17 @@ class mmu_notifier_range:  # noqa: N801 - used as a function is: with mmu_notifi
     def __exit__(self, *exc: object) -> None:
         _invalidation_ends(self.invalid)
         if self.listeners:
-            call_each(partial(n.invalidate_range_end, self.invalid) for n in self.listeners)
+            call_each(self._ends())
+
+    def _ends(self) -> Iterator[Callable[[], object]]:
+        """What each listener hears at the end. Linux: __mmu_notifier_invalidate_range_end()."""
+        invalid = self.invalid
+        extras = invalid.mm.notifier_extras
+        flushed = extras.get("invalidate_range", ()) if extras and self.flush else ()
+        for notifier in self.listeners:
+            if notifier in flushed:
+                yield partial(notifier.invalidate_range, *invalid[:3])  # type: ignore[attr-defined]
+            yield partial(notifier.invalidate_range_end, invalid)
 
 
 def _invalidation_starts(invalid: MmuNotifierRange) -> tuple[list[MmuIntervalNotifier], int]:
@@ -298,13 +406,25 @@ def _invalidation_ends(invalid: MmuNotifierRange) -> None:
     """Linux: mn_itree_inv_end(), mm/mmu_notifier.c."""
     mm = invalid.mm
     with mm.mem.locks.atomic:
-        for i, other in enumerate(mm.invalidating):
+        for i in range(len(mm.invalidating) - 1, -1, -1):
+            other = mm.invalidating[i]
             if other is invalid:
                 del mm.invalidating[i]
                 break
+            if other.thread == invalid.thread:
+                raise KernelBug(_out_of_order(invalid, other))
+        else:
+            raise KernelBug(_out_of_order(invalid, None))
         if not mm.invalidating:
             mm.invalidate_seq += mm.invalidate_seq & 1
         mm.mem.locks.wake_up()
+
+
+def _out_of_order(invalid: MmuNotifierRange, later: MmuNotifierRange | None) -> str:
+    what = f"invalidation of [{invalid.start:#x}, {invalid.end:#x}) of {invalid.mm.name}"
+    if later is None:
+        return f"{what} ends, and never started, or ended before"
+    return f"{what} ends before [{later.start:#x}, {later.end:#x}), which started later"
 
 
 def mmu_notifier_release(mm: MmStruct) -> None:
@@ -322,7 +442,8 @@ def _releases(mm: MmStruct, released: MmuNotifierRange) -> Iterator[Callable[[],
         yield partial(_invalidate, interval, released, seq)
     yield partial(_invalidation_ends, released)
     while mm.notifiers:
-        yield partial(mm.notifiers.pop().release, mm)
+        last = mm.notifiers[-1]
+        yield partial(mmu_notifier_unregister, last, mm)
 
 
 def call_each(calls: Iterable[Callable[[], object]]) -> None:

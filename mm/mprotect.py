@@ -17,6 +17,9 @@ from mm.pagewalk import walk_page_range
 from mm.pgtable import (
     _PAGE_PRESENT,
     _PAGE_RW,
+    _PAGE_UFFD_WP,
+    pte_alloc,
+    pte_mkuffd_wp,
     pte_modify,
     pte_none,
     pte_pfn,
@@ -24,7 +27,7 @@ from mm.pgtable import (
     pte_soft_dirty,
     pte_special,
 )
-from mm.swapops import make_readable
+from mm.swapops import SWP_UFFD_WP, is_pte_marker, make_pte_marker, make_readable
 from mm.types import (
     VM_ACCESS_FLAGS,
     VM_ACCOUNT,
@@ -32,15 +35,22 @@ from mm.types import (
     VM_NORESERVE,
     VM_SHARED,
     VM_SOFTDIRTY,
+    VM_UFFD_WP,
     VM_WRITE,
     MmStruct,
     Vma,
     vma_is_anonymous,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask, Ptes
-from mm.vectors import has, some
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Mask, Ptes, word
+from mm.userfaultfd_k import userfaultfd_pte_wp, userfaultfd_wp_use_markers
+from mm.vectors import has, places, some
 from mm.vma import vma_modify_flags
 
+MM_CP_UFFD_WP: Final = 1 << 2  # userfaultfd wants to know of stores; since v5.7
+MM_CP_UFFD_WP_RESOLVE: Final = 1 << 3  # and no longer
+
+_NOT_UFFD_WP: Final = word(~_PAGE_UFFD_WP)
+_NOT_SWP_UFFD_WP: Final = word(~SWP_UFFD_WP)
 _MAYS: Final = 4  # VM_MAYREAD is VM_READ << 4, and so on
 
 
@@ -95,42 +105,64 @@ def mprotect_fixup(vma: Vma, start: int, end: int, prot: int, locked: list[tuple
     return vma
 
 
-def change_protection(vma: Vma, start: int, end: int) -> None:
+def change_protection(vma: Vma, start: int, end: int, cp_flags: int = 0) -> None:
     """Rewrite the entries of [*start*, *end*) as the rights of *vma* are now.
 
+    With MM_CP_UFFD_WP they become write-protected by userfaultfd, with MM_CP_UFFD_WP_RESOLVE they
+    are so no longer. Raises OutOfMemory where markers need a page table, with nothing changed.
     Linux: change_protection(), mm/mprotect.c.
     """
     mm = vma.vm_mm
+    if cp_flags & MM_CP_UFFD_WP and userfaultfd_wp_use_markers(vma):
+        with mm.page_table_lock:
+            pte_alloc(mm.mem.tables, mm.pgd, start, end)
     runs = list(walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False))
     with (
         mmu_notifier_range(mm, start, end, MmuNotifyEvent.PROTECTION_VMA) if runs else nullcontext()
     ):
         for run in runs:
             with mm.page_table_lock:
-                _change_pte_range(vma, run.ptes)
+                _change_pte_range(vma, run.ptes, cp_flags)
 
 
-def _change_pte_range(vma: Vma, ptes: Ptes) -> None:
+def _change_pte_range(vma: Vma, ptes: Ptes, cp_flags: int) -> None:
     """Linux: change_pte_range(), mm/mprotect.c."""
-    present = pte_present(ptes)
+    protect, resolve = cp_flags & MM_CP_UFFD_WP, cp_flags & MM_CP_UFFD_WP_RESOLVE
+    present, none = pte_present(ptes), pte_none(ptes)
     if some(present):
         changed = pte_modify(ptes[present], vma.vm_page_prot)
-        if vma.vm_flags & VM_WRITE:
+        if protect:
+            changed = pte_mkuffd_wp(changed)
+        elif resolve:
+            changed &= _NOT_UFFD_WP
+        if vma.vm_flags & VM_WRITE and not protect:
             changed |= can_change_pte_writable(vma, changed) * _PAGE_RW
         ptes[present] = changed
-    away = ~present & ~pte_none(ptes)
+    away = ~present & ~none
     if some(away):
-        ptes[away] = make_readable(ptes[away])
+        changed = make_readable(ptes[away])
+        if protect:
+            changed |= SWP_UFFD_WP
+        elif resolve:
+            changed[is_pte_marker(changed)] = 0
+            changed &= _NOT_SWP_UFFD_WP
+        ptes[away] = changed
+    if protect and userfaultfd_wp_use_markers(vma):
+        untouched = places(none)
+        ptes[untouched] = make_pte_marker(untouched.size)
 
 
 def can_change_pte_writable(vma: Vma, ptes: Ptes) -> Mask:
     """True where a store to the entry, of a private VMA that may be written, needs no fault.
 
-    That is so for a page that nobody shares, unless the store must be seen for its soft-dirty bit.
+    That is so for a page that nobody shares, unless the store must be seen: for its soft-dirty bit,
+    or by userfaultfd.
     Unlike Linux v4.20, which leaves it to a fault for each page (5.19 does not).
     Linux: can_change_pte_writable(), mm/mprotect.c, v5.19.
     """
     normal = has(ptes, _PAGE_PRESENT) & ~pte_special(ptes)
     flags = vma.vm_mm.mem.flags[np.where(normal, pte_pfn(ptes), 0)]
     ours = normal & has(flags, PG_anon_exclusive)
+    if vma.vm_flags & VM_UFFD_WP:
+        ours &= ~userfaultfd_pte_wp(vma, ptes)
     return ours if vma.vm_flags & VM_SOFTDIRTY else ours & pte_soft_dirty(ptes)

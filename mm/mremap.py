@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from enum import IntFlag
+from typing import Final
 
 import numpy as np
 
 from mm.anon_vma import anon_vma_clone, unlink_anon_vmas
+from mm.cred import mlock_future_check
 from mm.errors import InvalidArgument, OutOfMemory, SegmentationFault
 from mm.gup import mm_populate
 from mm.mmap import (
@@ -30,6 +32,7 @@ from mm.overcommit import check_map_count, vm_enough_memory
 from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import (
     _PAGE_SOFT_DIRTY,
+    _PAGE_UFFD_WP,
     PMD_SHIFT,
     PMD_SIZE,
     PTRS_PER_PTE,
@@ -40,7 +43,7 @@ from mm.pgtable import (
     pte_offset,
     pte_present,
 )
-from mm.swapops import SWP_SOFT_DIRTY
+from mm.swapops import SWP_SOFT_DIRTY, SWP_UFFD_WP, is_pte_marker
 from mm.types import (
     VM_ACCOUNT,
     VM_DONTEXPAND,
@@ -48,13 +51,22 @@ from mm.types import (
     VM_LOCKED_MASK,
     VM_MAYSHARE,
     VM_PFNMAP,
+    VM_UFFD_FLAGS,
     MmStruct,
     Vma,
     vma_is_anonymous,
 )
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Ptes
+from mm.typing import PAGE_SHIFT, PAGE_SIZE, Ptes, word
+from mm.userfaultfd_k import (
+    mremap_userfaultfd_prep,
+    userfaultfd_complete,
+    vma_has_uffd_without_event_remap,
+)
 from mm.vectors import places
 from mm.vma import VmaMerge, insert_vma, vma_inherit, vma_merge, vma_modify_flags, vmg_of
+
+_NOT_UFFD_WP: Final = word(~_PAGE_UFFD_WP)
+_NOT_SWP_UFFD_WP: Final = word(~SWP_UFFD_WP)
 
 
 class Mremap(IntFlag):
@@ -73,25 +85,35 @@ def do_mremap(
     *new_addr*: with FIXED, where it goes; with DONTUNMAP alone, where it should go if that is
     free. Takes mmap_sem for write; faults in what is new of VM_LOCKED memory.
     Raises InvalidArgument, InvalidRange; SegmentationFault where *addr* is not mapped, or by more
-    than one VMA; OutOfMemory where it cannot grow and may not move.
+    than one VMA; OutOfMemory where it cannot grow and may not move; TryAgain where VM_LOCKED
+    memory would grow past what the task may lock.
     Linux: mremap() and do_mremap(), mm/mremap.c.
     """
     _check_arguments(addr, old_len, new_len, flags)
     old_len, new_len = page_align(old_len), page_align(new_len)
-    with mm.mmap_sem.write():
-        vma = _vma_lookup(mm, addr)
-        vm_flags = vma.vm_flags
-        if flags & (Mremap.FIXED | Mremap.DONTUNMAP):
-            to = _mremap_to(mm, addr, old_len, new_len, flags, new_addr)
-        elif old_len >= new_len:
-            if old_len > new_len:
-                do_munmap(mm, addr + new_len, old_len - new_len)
-            to = addr
-        else:
-            to = _grow(mm, addr, old_len, new_len, flags)
+    try:
+        with mm.mmap_sem.write():
+            vma = _vma_lookup(mm, addr)
+            vm_flags = vma.vm_flags
+            to = _resize(mm, addr, old_len, new_len, flags, new_addr)
+    finally:
+        if mm.uffd_events:
+            userfaultfd_complete(mm)
     if vm_flags & VM_LOCKED and new_len > old_len:
         mm_populate(mm, to + old_len, new_len - old_len)
     return to
+
+
+def _resize(
+    mm: MmStruct, addr: int, old_len: int, new_len: int, flags: Mremap, new_addr: int | None
+) -> int:
+    if flags & (Mremap.FIXED | Mremap.DONTUNMAP):
+        return _mremap_to(mm, addr, old_len, new_len, flags, new_addr)
+    if old_len < new_len:
+        return _grow(mm, addr, old_len, new_len, flags)
+    if old_len > new_len:
+        do_munmap(mm, addr + new_len, old_len - new_len)
+    return addr
 
 
 def _check_arguments(addr: int, old_len: int, new_len: int, flags: Mremap) -> None:
@@ -156,6 +178,8 @@ def _vma_to_resize(mm: MmStruct, addr: int, old_len: int, new_len: int, flags: M
         )
     if new_len > old_len and vma.vm_flags & (VM_DONTEXPAND | VM_PFNMAP):
         raise SegmentationFault(addr, f"mremap: {vma!r} cannot grow")
+    if vma.vm_flags & VM_LOCKED and new_len > old_len:
+        mlock_future_check(mm, (new_len - old_len) >> PAGE_SHIFT, "mremap")
     if vma.vm_flags & VM_ACCOUNT:
         vm_enough_memory(mm.mem, (new_len - old_len) >> PAGE_SHIFT, "mremap")
     return vma
@@ -194,6 +218,10 @@ def move_vma(
         move_page_tables(new_vma, new_addr, vma, old_addr, old_len)
         do_munmap(mm, new_addr, new_len)
         raise
+    if vma_has_uffd_without_event_remap(vma):
+        _clear_uffd_wp(new_vma, new_addr, new_addr + old_len)
+    else:
+        mremap_userfaultfd_prep(new_vma, old_addr, new_addr, old_len)
     if flags & Mremap.DONTUNMAP:
         _keep_mapped(vma, old_addr, old_addr + old_len, new_vma)
     elif old_len:  # else a second mapping of shared memory was wanted
@@ -209,6 +237,8 @@ def copy_vma(vma: Vma, old_addr: int, addr: int, length: int) -> tuple[Vma, Vma]
     """
     vmg = vmg_of(vma, old_addr, old_addr)
     vmg.start, vmg.end = addr, addr + length
+    if vma_has_uffd_without_event_remap(vma):
+        vmg.uffd_ctx, vmg.vm_flags = None, vmg.vm_flags & ~VM_UFFD_FLAGS
     if vma_is_anonymous(vma) and vma.anon_vma is None:
         vmg.pgoff = addr >> PAGE_SHIFT  # no page knows its offset yet: the better it may merge
     merged = vma_merge(vmg)
@@ -221,9 +251,24 @@ def _dup_vma(vma: Vma, vmg: VmaMerge) -> Vma:
     """Linux: vm_area_dup(), kernel/fork.c."""
     new_vma = Vma(vmg.mm, vmg.start, vmg.end, vmg.vm_flags, vmg.pgoff)
     vma_inherit(new_vma, vma)
+    new_vma.vm_userfaultfd_ctx = vmg.uffd_ctx
     anon_vma_clone(new_vma, vma)
     insert_vma(new_vma)
     return new_vma
+
+
+def _clear_uffd_wp(vma: Vma, start: int, end: int) -> None:
+    """Forget what a userfaultfd protects that stays behind.
+
+    Linux: move_ptes(), mm/mremap.c, v6.13, which does so entry by entry as they move.
+    """
+    mm = vma.vm_mm
+    if not mm.uffd_wp:
+        return
+    for run in walk_page_range(mm.mem.tables, mm.pgd, start, end, holes=False):
+        with mm.page_table_lock:
+            run.ptes[is_pte_marker(run.ptes)] = 0
+            run.ptes[:] &= np.where(pte_present(run.ptes), _NOT_UFFD_WP, _NOT_SWP_UFFD_WP)
 
 
 def _keep_mapped(vma: Vma, start: int, end: int, new_vma: Vma) -> None:

@@ -11,13 +11,20 @@ Device memory has no node: it is never moved, and counts as not there.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from mm.errors import InvalidArgument
+from mm.cred import CAP_SYS_NICE, check_capable, ptrace_may_access
+from mm.errors import InvalidArgument, PermissionDenied
 from mm.filemap import page_locked
-from mm.mempolicy import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, vma_migratable
+from mm.mempolicy import (
+    MPOL_MF_MOVE,
+    MPOL_MF_MOVE_ALL,
+    cpuset_mems_allowed,
+    vma_migratable,
+)
 from mm.migrate import (
     alloc_migration_target,
     migrate_page_add,
@@ -26,6 +33,7 @@ from mm.migrate import (
 )
 from mm.page_cache import page_in_cache
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_special
+from mm.sched import Task, current_task
 from mm.swap import lru_add_drain_all
 from mm.types import MemMap, MmStruct, Vma
 from mm.typing import Addresses, Errnos, Indices, Mask, Pfns
@@ -38,26 +46,36 @@ def kernel_move_pages(
     nodes: Indices | None = None,
     flags: int = MPOL_MF_MOVE,
     status: Errnos | None = None,
+    task: Task | None = None,
 ) -> tuple[int, Errnos]:
     """Send the page at each of *addrs* to its node of *nodes*; without them, ask where it is.
 
-    Returns what the system call returns, and *status*, int32[n], which is written where the
-    system call writes it: the node that the page is on now, -ENOENT where none is present (nor in
-    device memory), -EFAULT for the zero page and where nothing is mapped, -EACCES where others
-    map it and *flags* lack MPOL_MF_MOVE_ALL, -EBUSY where it is on no LRU list.
+    *task*: whose memory it is, where not the caller's own. Returns what the system call returns,
+    and *status*, int32[n], which is written where the system call writes it: the node that the page
+    is on now, -ENOENT where none is present (nor in device memory), -EFAULT for the zero page and
+    where nothing is mapped, -EACCES where others map it and *flags* lack MPOL_MF_MOVE_ALL, -EBUSY
+    where it is on no LRU list.
 
     The first is 0, or how many pages were not moved, or -ENODEV at a node that there is not, or
-    -ENOMEM. Then the words of the run of pages that failed, and all after it, are as they were.
-    Raises InvalidArgument for other flags. Linux: kernel_move_pages(), mm/migrate.c.
+    -EACCES at one that *task* may not use, or -ENOMEM. Then the words of the run of pages that
+    failed, and all after it, are as they were. Raises InvalidArgument for other flags,
+    PermissionDenied where MPOL_MF_MOVE_ALL is not for the caller, or *task* is out of its reach.
+    Linux: kernel_move_pages(), mm/migrate.c.
     """
     if flags & ~(MPOL_MF_MOVE | MPOL_MF_MOVE_ALL):
         raise InvalidArgument(f"move_pages: flags {flags:#x}: only MOVE and MOVE_ALL are known")
+    if flags & MPOL_MF_MOVE_ALL:
+        check_capable(CAP_SYS_NICE, "move_pages with moveall")
+    task = task or current_task()
+    if not ptrace_may_access(task):
+        raise PermissionDenied(f"move_pages: {task.name} is not {current_task().name}'s to move")
     if status is None:
         status = np.full(addrs.size, -errno.EAGAIN, dtype=np.int32)
     if nodes is None:
         status[:] = do_pages_stat(mm, addrs)
         return 0, status
-    return do_pages_move(mm, addrs, nodes, status, flags), status
+    mems = cpuset_mems_allowed(mm.mem, task)
+    return do_pages_move(mm, addrs, nodes, status, flags, mems), status
 
 
 def do_pages_stat(mm: MmStruct, addrs: Addresses) -> Errnos:
@@ -103,25 +121,39 @@ class _Queue(NamedTuple):
 
 
 def do_pages_move(
-    mm: MmStruct, addrs: Addresses, nodes: Indices, status: Errnos, flags: int
+    mm: MmStruct,
+    addrs: Addresses,
+    nodes: Indices,
+    status: Errnos,
+    flags: int,
+    mems: Sequence[int],
 ) -> int:
-    """Move pages as kernel_move_pages() says, and answer as it does.
+    """Move pages to nodes that are among *mems*, and answer, as kernel_move_pages() says.
 
     Unlike Linux v4.20, pages that were not tried count as not moved (as since v5.6).
     Linux: do_pages_move(), mm/migrate.c.
     """
-    online = (nodes >= 0) & (nodes < len(mm.mem.nodes))
-    end = addrs.size if every(online) else int(online.argmin())
+    end, refusal = _first_refused(mm.mem, nodes, mems)
     lru_add_drain_all(mm.mem)
     done = 0
     while done < end:
         queue = _add_pages_for_migration(mm, addrs[done:end], nodes[done:end], flags)
         unmoved = _move_pages_to_nodes(mm.mem, queue)
         if some(unmoved):
-            return _stop(queue, unmoved, status[done:end], addrs.size - done)
+            return _stop(queue, unmoved, status[done:end], addrs.size - done, refusal)
         status[done : done + queue.pfns.size] = queue.found
         done += queue.pfns.size
-    return 0 if end == addrs.size else -errno.ENODEV
+    return refusal
+
+
+def _first_refused(mem: MemMap, nodes: Indices, mems: Sequence[int]) -> tuple[int, int]:
+    """The first place in *nodes* that no page may go to, and why; else their number and 0."""
+    allowed = np.isin(nodes, mems)
+    if every(allowed):
+        return nodes.size, 0
+    first = int(allowed.argmin())
+    online = 0 <= nodes.item(first) < len(mem.nodes)
+    return first, -errno.EACCES if online else -errno.ENODEV
 
 
 def _add_pages_for_migration(mm: MmStruct, addrs: Addresses, nodes: Indices, flags: int) -> _Queue:
@@ -190,11 +222,12 @@ def _move_pages_to_nodes(mem: MemMap, queue: _Queue) -> Errnos:
     return unmoved
 
 
-def _stop(queue: _Queue, unmoved: Errnos, status: Errnos, entries: int) -> int:
+def _stop(queue: _Queue, unmoved: Errnos, status: Errnos, entries: int, refusal: int) -> int:
     """The answer where pages of *queue* could not be moved, and the words of what came before.
 
-    *status*: of the entries from the first of *queue* to the last that names a node; *entries*:
-    how many there are to the end of the list. Linux: move_pages_and_store_status(), v5.6.
+    *status*: of the entries from the first of *queue* to the last that names a good node;
+    *entries*: how many there are to the end of the list; *refusal*: why the one after it is none.
+    Linux: move_pages_and_store_status(), v5.6.
     """
     size, nodes, queued = queue.pfns.size, queue.nodes, queue.queued
     breaks = (nodes[1:] != nodes[:-1]) | ~queued[1:] | ~queued[:-1]
@@ -202,7 +235,7 @@ def _stop(queue: _Queue, unmoved: Errnos, status: Errnos, entries: int) -> int:
     run = next(run for run in pieces(breaks, size) if run.stop > first)
     status[: run.start] = queue.found[: run.start]
     if run.stop == status.size < entries:
-        return -errno.ENODEV
+        return refusal
     stop = run.stop
     if stop < size and nodes.item(stop) == nodes.item(first):  # what ends the run has its answer
         status[stop] = queue.found[stop]

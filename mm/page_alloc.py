@@ -34,6 +34,7 @@ from mm.gfp import Gfp
 from mm.locking import current, wait_event_timeout
 from mm.mmzone import DMA32_END, DMA_END, MAX_ORDER, PageStack, Zone
 from mm.page_flags import NO_FLAGS, PAGE_FLAGS_CHECK_AT_FREE, describe_flags
+from mm.sched import current_task
 from mm.trace import TracePoint
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, Word, pages, word
@@ -198,13 +199,15 @@ def zone_statistics(mem: MemMap, preferred: Zone, zone: Zone, count: int, cpu: i
 
 
 def zones_allowed(mem: MemMap, gfp: int, nid: int, nodes: Nodes = None) -> list[Zone]:
-    """The zones where *gfp* lets a request to *nid* look, best first.
+    """The zones where *gfp*, and the cpuset of who asks, let a request to *nid* look, best first.
 
-    Linux: gfp_zone() and, with *nodes*, for_each_zone_zonelist_nodemask().
+    Linux: gfp_zone(), __cpuset_zone_allowed() and, with *nodes*, for_each_zone_zonelist_nodemask().
     """
     zones = mem.nodes[nid].zonelist
     if nodes is not None:
         zones = [zone for zone in zones if zone.nid in nodes]
+    if mem.cpusets_enabled and (mems := current_task().mems_allowed) is not None:
+        zones = [zone for zone in zones if zone.nid in mems]
     if gfp & (_DMA | _DMA32):
         limit = DMA_END if gfp & _DMA else DMA32_END
         zones = [zone for zone in zones if zone.end_pfn <= limit]

@@ -106,7 +106,9 @@ def pages_at(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:
 # Enter and leave --------------------------------------------------------------------------------
 
 
-def charge_cache_pages(mem: MemMap, frames: Pfns, mm: MmStruct | None) -> Pfns:
+def charge_cache_pages(
+    mem: MemMap, frames: Pfns, mm: MmStruct | None, gfp: int = GFP_HIGHUSER_MOVABLE
+) -> Pfns:
     """Those of fresh *frames*, for a cache, that the group of *mm* has room for; the first ones.
 
     The others are freed. Linux: mem_cgroup_try_charge() in __add_to_page_cache_locked() and
@@ -114,7 +116,7 @@ def charge_cache_pages(mem: MemMap, frames: Pfns, mm: MmStruct | None) -> Pfns:
     """
     if mm is None or mm.memcg is None:
         return frames
-    may = mem_cgroup_try_charge(mm, frames, GFP_HIGHUSER_MOVABLE)
+    may = mem_cgroup_try_charge(mm, frames, gfp)
     put_page(mem, frames[~may], current_task().cpu)
     return frames[may]
 

@@ -2,13 +2,13 @@
 
         63 62    59 58 57      52 51              12 11 10  9  8 7 6 5 4 3 2 1 0
        +--+--------+--+----------+------------------+--+--+--+--+-+-+-+-+-+-+-+-+
-       |NX|        |DM|          |       PFN        |SD|  |SP| G|L|D|A| | |U|W|P|
+       |NX|        |DM|          |       PFN        |SD|UW|SP| G|L|D|A| | |U|W|P|
        +--+--------+--+----------+------------------+--+--+--+--+-+-+-+-+-+-+-+-+
 
 P present, W writable, U user, A accessed, D dirty, L leaf (huge), G global, and in an entry that
-is not P: PROT_NONE. SP special (no struct page behind it: the zero page), SD soft-dirty, DM
-ZONE_DEVICE. Five levels of 512: PGD 48, P4D 39, PUD 30, PMD 21, PTE 12. An upper entry holds the
-row number of the next table where hardware would hold its frame.
+is not P: PROT_NONE. SP special (no struct page behind it: the zero page), UW write-protected by
+userfaultfd, SD soft-dirty, DM ZONE_DEVICE. Five levels of 512: PGD 48, P4D 39, PUD 30, PMD 21,
+PTE 12. An upper entry holds the row number of the next table where hardware would hold its frame.
 Linux: arch/x86/include/asm/pgtable_types.h.
 """
 
@@ -40,6 +40,7 @@ _PAGE_ACCESSED: Final = BIT(5)
 _PAGE_DIRTY: Final = BIT(6)
 _PAGE_PROTNONE: Final = BIT(8)
 _PAGE_SPECIAL: Final = BIT(9)
+_PAGE_UFFD_WP: Final = BIT(10)  # since v5.7
 _PAGE_SOFT_DIRTY: Final = BIT(11)
 _PAGE_DEVMAP: Final = BIT(58)
 _PAGE_NX: Final = BIT(63)
@@ -52,8 +53,9 @@ PTE_PFN_MASK: Final = word(((1 << 52) - 1) & ~(PAGE_SIZE - 1))
 _PAGE_CHG_MASK: Final = word(
     PTE_PFN_MASK
     | (_PAGE_ACCESSED | _PAGE_DIRTY)
-    | (_PAGE_SPECIAL | _PAGE_SOFT_DIRTY | _PAGE_DEVMAP)
+    | (_PAGE_SPECIAL | _PAGE_UFFD_WP | _PAGE_SOFT_DIRTY | _PAGE_DEVMAP)
 )
+_NOT_WRITABLE: Final = word(~_PAGE_RW)
 _SHIFT: Final = word(PAGE_SHIFT)
 _FEW_PAGES: Final = 8  # in a row from one table, on average: then look each table up once
 
@@ -96,6 +98,16 @@ def pte_devmap(ptes: Ptes) -> Mask:
 def pte_soft_dirty(ptes: Ptes) -> Mask:
     """True where a store came since clear_refs. Linux: pte_soft_dirty(), asm/pgtable.h."""
     return has(ptes, _PAGE_SOFT_DIRTY)
+
+
+def pte_uffd_wp(ptes: Ptes) -> Mask:
+    """True where userfaultfd wants to know of a store. Linux: pte_uffd_wp(), asm/pgtable.h."""
+    return has(ptes, _PAGE_UFFD_WP)
+
+
+def pte_mkuffd_wp(ptes: Ptes) -> Ptes:
+    """The same entries, read-only until userfaultfd agrees. Linux: pte_mkuffd_wp()."""
+    return (ptes | _PAGE_UFFD_WP) & _NOT_WRITABLE
 
 
 def pte_pfn(ptes: Ptes) -> Pfns:

@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from mm.array import ProcessArray
-from mm.errors import InputOutputError, InvalidArgument, InvalidRange, NoSuchNode, OutOfMemory
+from mm.cpuset import Cpuset, cpuset_attach
+from mm.cred import ROOT, Cred, ptrace_may_access
+from mm.errors import (
+    AccessDenied,
+    InputOutputError,
+    InvalidArgument,
+    InvalidRange,
+    NoSuchNode,
+    OutOfMemory,
+)
 from mm.fork import dup_mmap
 from mm.fs import File
 from mm.gup import (
@@ -35,6 +44,7 @@ from mm.mmap import TASK_SIZE_MAX, do_mmap, do_munmap, exit_mmap, find_vma
 from mm.mprotect import do_mprotect
 from mm.mremap import Mremap, do_mremap
 from mm.numa import kernel_move_pages
+from mm.numa_maps import NumaMaps, numa_maps
 from mm.sched import Task, running
 from mm.task_mmu import MemSizeStats, clear_refs, pagemap, smaps
 from mm.types import (
@@ -55,6 +65,9 @@ from mm.types import (
 )
 from mm.typing import Errnos, Mask, Payload, Ptes
 from mm.uaccess import copy_from_user, copy_to_user, touch_pages
+from mm.userfaultfd import UserfaultFd, open_userfaultfd
+from mm.userfaultfd_k import userfaultfd_complete
+from mm.vectors import integers
 
 _PROT: Final = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "-": 0}
 _MAP: Final = {
@@ -83,13 +96,19 @@ def _prot(call: str, prot: str) -> int:
 
 
 class Process(Task):
-    """A task with its own mm_struct; made by `Machine.spawn()`. Linux: struct task_struct."""
+    """A task with its own mm_struct; made by `Machine.spawn()`. Linux: struct task_struct.
+
+    cred: who it is (mm/cred.py). rlimit_memlock: how many bytes it may lock in memory unless it
+    has the capability ipc_lock.
+    """
 
     mm: MmStruct
 
-    def __init__(self, mem: MemMap, name: str, cpu: int = 0) -> None:
+    def __init__(self, mem: MemMap, name: str, cpu: int = 0, cred: Cred = ROOT) -> None:
         super().__init__(name, cpu)
+        self.cred = cred
         self.mm = MmStruct(mem, name)
+        self._cpuset: Cpuset | None = None
 
     def __repr__(self) -> str:
         return f"<Process {self.name}{', exited' if self.mm.exited else ''}>"
@@ -137,15 +156,20 @@ class Process(Task):
         with running(self):
             with mm.mmap_sem.write():
                 start = do_mmap(mm, addr, size, vm_flags, file, offset)
+            if mm.uffd_events:
+                userfaultfd_complete(mm)
             if words & {"populate", "locked"}:
                 mm_populate(mm, start, size)
         return start
 
     def munmap(self, addr: int, length: Size) -> None:
         """Unmap [*addr*, *addr* + *length*). Linux: munmap(2)."""
-        mm = self._alive()
-        with running(self), mm.mmap_sem.write():
-            do_munmap(mm, addr, memparse(length))
+        mm, size = self._alive(), memparse(length)
+        with running(self):
+            with mm.mmap_sem.write():
+                do_munmap(mm, addr, size)
+            if mm.uffd_events:
+                userfaultfd_complete(mm)
 
     def mprotect(self, addr: int, length: Size, prot: str) -> None:
         """Let [*addr*, *addr* + *length*) have the rights *prot*, as mmap() takes them.
@@ -211,7 +235,7 @@ class Process(Task):
         return do_mincore(self._alive(), addr, memparse(length))
 
     def fork(self, name: str = "child") -> Process:
-        """A second process on the same CPU, with the same memory and policies.
+        """A second process on the same CPU, with the same memory, policies and credentials.
 
         Each sees what it stores, and not what the other does: pages are copied as they are stored
         to, wherever they are, and those that are pinned at once. Memory advised "dontfork" is
@@ -219,11 +243,25 @@ class Process(Task):
         Linux: fork(2).
         """
         oldmm = self._alive()
-        child = Process(oldmm.mem, name, self.cpu)
+        child = Process(oldmm.mem, name, self.cpu, self.cred)
         child.mempolicy, child.il_next = self.mempolicy, self.il_next
+        child.rlimit_memlock = self.rlimit_memlock
         with running(self):
             dup_mmap(child.mm, oldmm)
+        if self._cpuset is not None:
+            child.mems_allowed = self.mems_allowed
+            child.cpuset = self._cpuset
         return child
+
+    def userfaultfd(self, features: str = "") -> UserfaultFd:
+        """A file by which faults of this process can be served; see mm/userfaultfd.py.
+
+        *features*, with bars between them: "sigbus" (faults end with BusError, and nobody is
+        asked), "event_fork", "event_remap", "event_remove", "event_unmap" (messages about those),
+        "thread_id", "wp_unpopulated" (what has no page can be write-protected), "wp_async" (stores
+        go through, and unprotect). Raises InvalidArgument. Linux: userfaultfd(2).
+        """
+        return open_userfaultfd(self._alive(), features)
 
     def move_to(self, group: MemCgroup | None) -> None:
         """Join the control group *group*, None for the root: it pays for new pages from now on.
@@ -243,6 +281,20 @@ class Process(Task):
         """The control group that pays for its pages; None is the root. Linux: /proc/PID/cgroup."""
         memcg: MemCgroup | None = self.mm.memcg
         return memcg
+
+    @property
+    def cpuset(self) -> Cpuset | None:
+        """The nodes that the process may use; None: all. Set it to go from one to another.
+
+        Raises InvalidArgument for nodes that the machine does not have.
+        Linux: writing the tasks of a cpuset.
+        """
+        return self._cpuset
+
+    @cpuset.setter
+    def cpuset(self, cpuset: Cpuset | None) -> None:
+        cpuset_attach(cpuset, self, self._alive(), self._cpuset)
+        self._cpuset = cpuset
 
     def exit(self) -> None:
         """Give all memory back; later calls do nothing. Linux: mmput(), kernel/fork.c."""
@@ -288,31 +340,34 @@ class Process(Task):
         addr = self.mmap(int(np.prod(shape, dtype=object)) * kind.itemsize)
         return ProcessArray(self.mm, addr, shape, kind, self)
 
-    def mem_read(self, addr: int, nbytes: int) -> bytes:
+    def mem_read(self, addr: int, nbytes: int, of: Process | None = None) -> bytes:
         """Read /proc/PID/mem, as a debugger does: as read(), whatever rights the mapping gives.
 
-        Fewer bytes where a page after the first cannot be had; raises InputOutputError where it
-        is the first. Linux: mem_read(), fs/proc/base.c.
+        *of*: the process whose memory it is, where not this one's own. Fewer bytes where a page
+        after the first cannot be had; raises InputOutputError where it is the first, AccessDenied
+        where *of* is out of reach. Linux: mem_read(), fs/proc/base.c.
         """
         out = np.empty(nbytes, dtype=np.uint8)
-        return out[: self._mem_rw("mem_read", addr, out, write=False)].tobytes()
+        return out[: self._mem_rw("mem_read", addr, out, of or self, write=False)].tobytes()
 
-    def mem_write(self, addr: int, data: Any) -> int:
+    def mem_write(self, addr: int, data: Any, of: Process | None = None) -> int:
         """Write *data* to /proc/PID/mem; the bytes written, which may be fewer.
 
         A private mapping that the process may not write gets pages of its own, as by a store.
         Raises as mem_read(). Linux: mem_write(), fs/proc/base.c.
         """
         raw = np.frombuffer(data, dtype=np.uint8)
-        return self._mem_rw("mem_write", addr, raw, write=True)
+        return self._mem_rw("mem_write", addr, raw, of or self, write=True)
 
-    def _mem_rw(self, call: str, addr: int, buf: Payload, *, write: bool) -> int:
-        """Linux: mem_rw(), fs/proc/base.c."""
+    def _mem_rw(self, call: str, addr: int, buf: Payload, of: Process, *, write: bool) -> int:
+        """Linux: mem_open(), which checks the rights, and mem_rw(), fs/proc/base.c."""
         self._check_range(call, addr, buf.size)
         with running(self):
-            done = access_remote_vm(self._alive(), addr, buf, write=write)
+            if not ptrace_may_access(of, fscreds=True):
+                raise AccessDenied(f"{call}: {self.name} may not look into {of.name}")
+            done = access_remote_vm(of._alive(), addr, buf, write=write)
         if buf.size and not done:
-            raise InputOutputError(f"{call}: {self.name} has no page to use at {addr:#x}")
+            raise InputOutputError(f"{call}: {of.name} has no page to use at {addr:#x}")
         return done
 
     def pin(
@@ -345,7 +400,8 @@ class Process(Task):
         "preferred" (the first of *nodes*, then the nearest), "bind" (*nodes* and no others) or
         "interleave" (one after the other). Raises InvalidArgument. Linux: set_mempolicy(2).
         """
-        do_set_mempolicy(self._alive().mem, self, mode, nodes)
+        with running(self):
+            do_set_mempolicy(self._alive().mem, self, mode, nodes)
 
     def mbind(
         self, addr: int, length: Size, mode: str, nodes: Sequence[int] = (), flags: str = ""
@@ -354,28 +410,38 @@ class Process(Task):
 
         *flags*, with bars between them: "move" pages that are elsewhere and that only this process
         maps, "moveall" those of others too; "strict": raise Misplaced where one stays elsewhere.
-        Raises InvalidArgument, SegmentationFault. Linux: mbind(2).
+        Raises InvalidArgument, SegmentationFault; PermissionDenied, as "moveall" needs sys_nice.
+        Linux: mbind(2).
         """
         mm, word = self._alive(), _flag_word("mbind", flags, _BIND)
         with running(self):
             do_mbind(mm, addr, memparse(length), mode, nodes, word)
 
     def move_pages(
-        self, addrs: ArrayLike, nodes: ArrayLike | None = None, flags: str = "move"
+        self,
+        addrs: ArrayLike,
+        nodes: ArrayLike | None = None,
+        flags: str = "move",
+        of: Process | None = None,
     ) -> Errnos:
         """Move the page at each of *addrs* to its node, or without *nodes* ask where it is.
 
         *nodes*: one for each of *addrs*, or one for all. *flags*: "move" pages that only this
-        process maps, or "moveall". Returns int32[n]: the node where the page is, or a negative
-        errno: -ENOENT not present, or in device memory; -EFAULT nothing is mapped, or only the
-        zero page; -EACCES others map it; -EBUSY, -EAGAIN it, or one of the pages that were to
-        move with it or before, could not be moved: ask where it is.
-        Raises InvalidArgument; NoSuchNode and OutOfMemory where pages up to there have moved.
+        process maps, or "moveall". *of*: the process whose pages they are, where not its own.
+        Returns int32[n]: the node where the page is, or a negative errno: -ENOENT not present, or
+        in device memory; -EFAULT nothing is mapped, or only the zero page; -EACCES others map it;
+        -EBUSY, -EAGAIN it, or one of the pages that were to move with it or before, could not be
+        moved: ask where it is.
+        Raises InvalidArgument; PermissionDenied where *of* is out of reach, or "moveall" is without
+        sys_nice; NoSuchNode, AccessDenied for a node that *of* may not use, and OutOfMemory, where
+        pages up to there have moved.
         Linux: move_pages(2).
         """
-        mm, word = self._alive(), _flag_word("move_pages", flags, _MOVE)
-        where = _integers("move_pages: addrs", addrs)
-        to = None if nodes is None else _integers("move_pages: nodes", nodes)
+        self._alive()
+        whose = of or self
+        mm, word = whose._alive(), _flag_word("move_pages", flags, _MOVE)
+        where = integers("move_pages: addrs", addrs)
+        to = None if nodes is None else integers("move_pages: nodes", nodes)
         if to is not None and to.size != where.size:
             if to.size != 1:
                 raise InvalidArgument(
@@ -383,24 +449,35 @@ class Process(Task):
                 )
             to = to.repeat(where.size)
         with running(self):
-            error, status = kernel_move_pages(mm, where, to, word)
+            error, status = kernel_move_pages(mm, where, to, word, task=whose)
         if error == -errno.ENODEV:
             raise NoSuchNode(
                 f"move_pages: nodes {to}: the machine has 0..{len(mm.mem.nodes) - 1}; pages before "
                 f"the first of the others have been moved"
             )
+        if error == -errno.EACCES:
+            raise AccessDenied(
+                f"move_pages: nodes {to}: {whose.name} may use {list(whose.mems_allowed or ())}; "
+                f"pages before the first of the others have been moved"
+            )
         if error == -errno.ENOMEM:
             raise OutOfMemory(f"move_pages: a node has no room left for what shall go there: {to}")
         return status
 
-    def migrate_pages(self, from_nodes: Sequence[int], to_nodes: Sequence[int]) -> int:
+    def migrate_pages(
+        self, from_nodes: Sequence[int], to_nodes: Sequence[int], of: Process | None = None
+    ) -> int:
         """Move all pages on *from_nodes* to *to_nodes*, the first to the first and so on.
 
-        Returns how many could not be moved. Raises InvalidArgument, OutOfMemory.
+        *of*: the process whose pages they are, where not this one's own. Those that others map too
+        take sys_nice. Returns how many could not be moved. Raises InvalidArgument, OutOfMemory;
+        PermissionDenied where *of* is out of reach, or may not use *to_nodes* itself.
         Linux: migrate_pages(2).
         """
+        self._alive()
+        whose = of or self
         with running(self):
-            return kernel_migrate_pages(self._alive(), from_nodes, to_nodes)
+            return kernel_migrate_pages(whose._alive(), from_nodes, to_nodes, whose)
 
     def pagemap(self, addr: int, npages: int) -> Ptes:
         """/proc/self/pagemap: a word for each page from *addr* on, uint64[npages]."""
@@ -409,6 +486,10 @@ class Process(Task):
     def smaps(self) -> list[MemSizeStats]:
         """/proc/self/smaps: how much of each VMA is where."""
         return smaps(self._alive())
+
+    def numa_maps(self) -> list[NumaMaps]:
+        """/proc/self/numa_maps: on which nodes the pages of each VMA are; str() is a line of it."""
+        return numa_maps(self._alive(), self.mempolicy)
 
     def clear_refs(self, what: int) -> None:
         """Write *what* to /proc/self/clear_refs: 4 lets stores be seen by soft-dirty bits."""
@@ -424,14 +505,6 @@ class Process(Task):
             raise InvalidRange(
                 f"{call}: [{addr:#x}, {addr + nbytes:#x}) is not inside [0, {TASK_SIZE_MAX:#x})"
             )
-
-
-def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    """*values*, a number or many, as a vector."""
-    vector = np.asarray(values).reshape(-1)
-    if vector.size and vector.dtype.kind not in "iu":
-        raise InvalidArgument(f"{name} are whole numbers, got {vector[:4]}")
-    return vector.astype(np.int64)
 
 
 def _flag_word(call: str, flags: str, names: Mapping[str, int]) -> int:

@@ -18,7 +18,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from mm.errors import KernelBug
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.mmu_notifier import (
+    MmuNotifyEvent,
+    mmu_notifier_clear_flush_young,
+    mmu_notifier_range,
+)
 from mm.page_cache import set_page_dirty
 from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_swapbacked, PG_swapcache
 from mm.page_vma_mapped import page_vma_mapped_walk
@@ -28,10 +32,12 @@ from mm.pgtable import (
     _PAGE_DIRTY,
     _PAGE_RW,
     _PAGE_SOFT_DIRTY,
+    _PAGE_UFFD_WP,
     mk_pte,
     pte_dirty,
     pte_present,
     pte_soft_dirty,
+    pte_uffd_wp,
     pte_write,
     pte_young,
 )
@@ -40,6 +46,7 @@ from mm.swap_slots import swap_duplicate
 from mm.swapops import (
     SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
+    SWP_UFFD_WP,
     is_write_device_private_entry,
     is_write_migration_entry,
     make_device_private_entry,
@@ -48,6 +55,7 @@ from mm.swapops import (
     make_swap_entry,
     pte_swp_exclusive,
     pte_swp_soft_dirty,
+    pte_swp_uffd_wp,
 )
 from mm.types import (
     PAGE_MAPPING_ANON,
@@ -71,6 +79,7 @@ _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _CLEAN_READONLY: Final = word(~(_PAGE_DIRTY | _PAGE_RW))
 _SHIFT: Final = number(PAGE_SHIFT)
+_WATCHED: Final = word(SWP_SOFT_DIRTY | SWP_UFFD_WP)  # what an entry keeps for those who watch
 
 
 def page_move_anon_rmap(vma: Vma, pfns: Pfns) -> None:
@@ -254,9 +263,11 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
         dirty = pte_dirty(ptes)
         if some(dirty):
             set_page_dirty(mem, pfns[dirty])
-        writable, soft_dirty = pte_write(ptes), pte_soft_dirty(ptes)
+        writable, watched = pte_write(ptes), pte_soft_dirty(ptes) * SWP_SOFT_DIRTY
+        if vma.vm_mm.uffd_wp:
+            watched |= pte_uffd_wp(ptes) * SWP_UFFD_WP
     elif not some(present):
-        writable, soft_dirty = is_write_device_private_entry(ptes), pte_swp_soft_dirty(ptes)
+        writable, watched = is_write_device_private_entry(ptes), ptes & _WATCHED
     else:
         entries = np.empty_like(ptes)
         for kind in (present, ~present):
@@ -264,8 +275,7 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
         return entries
     exclusive = has(mem.flags[pfns], PG_anon_exclusive)
     page_remove_rmap(vma, pfns)
-    kept_bits = soft_dirty * SWP_SOFT_DIRTY | exclusive * SWP_EXCLUSIVE
-    return make_migration_entry(pfns, writable) | kept_bits
+    return make_migration_entry(pfns, writable) | watched | exclusive * SWP_EXCLUSIVE
 
 
 def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
@@ -320,16 +330,17 @@ def _unmap_from(
         put_page(mm.mem, gone)
 
 
-def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns) -> None:
+def try_to_unmap_to_swap(mem: MemMap, pfns: Pfns, *, ignore_mlock: bool = False) -> None:
     """Replace every mapping of *pfns* (locked, isolated) by an entry for its slot in swap.
 
     A page that MADV_FREE gave up has no slot: its mapping goes, if it is still clean, or stays and
     the page is an anonymous one as others again. Where a mapping stays, as those of VM_LOCKED
-    memory do, the caller sees it in mapcount. A page of a file leaves nothing behind: whoever
-    wants it finds it by its offset. Linux: try_to_unmap(), TTU_BATCH_FLUSH, mm/rmap.c.
+    memory do unless *ignore_mlock*, the caller sees it in mapcount. A page of a file leaves nothing
+    behind: whoever wants it finds it by its offset.
+    Linux: try_to_unmap(), TTU_BATCH_FLUSH and TTU_IGNORE_MLOCK, mm/rmap.c.
     """
     for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
-        if not vma.vm_flags & VM_LOCKED:
+        if ignore_mlock or not vma.vm_flags & VM_LOCKED:
             anon = vma.vm_file is None or page_anon(mem, pfns[which[:1]]).item()
             _unmap_from(
                 vma, pfns[which], addrs, unmap_to_swap_entries if anon else _unmap_file_pages
@@ -370,6 +381,8 @@ def unmap_to_swap_entries(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
     slots = mem.private[pfns[slotted]]
     swap_duplicate(mem.swap, slots)
     kept_bits = pte_soft_dirty(ptes) * SWP_SOFT_DIRTY | exclusive * SWP_EXCLUSIVE
+    if mm.uffd_wp:
+        kept_bits |= pte_uffd_wp(ptes) * SWP_UFFD_WP
     entries[at[slotted]] = make_swap_entry(slots) | kept_bits[slotted]
     gone = pfns[slotted | spare]
     page_remove_rmap(vma, gone)
@@ -378,10 +391,27 @@ def unmap_to_swap_entries(vma: Vma, at: Indices, pfns: Pfns) -> Pfns:
     return gone
 
 
+def try_to_unmap_poisoned(mem: MemMap, pfns: Pfns) -> None:
+    """Let every mapping of *pfns* (locked, isolated) answer with SIGBUS: their bytes are lost.
+
+    Linux: try_to_unmap() of PageHWPoison pages, mm/rmap.c.
+    """
+
+    def poison(vma: Vma, at: Indices, found: Pfns) -> Pfns:
+        mem.tables.entries[at] = make_hwpoison_entry(found)
+        page_remove_rmap(vma, found)
+        vma.vm_mm.anon_rss -= found.size
+        return found
+
+    for vma, which, addrs in _rmap_walk_mapped(mem, pfns):
+        _unmap_from(vma, pfns[which], addrs, poison)
+
+
 def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
     """Has any mapping of each of *pfns* (locked) been used since this was last asked?
 
-    What a VM_LOCKED mapping needs counts as used. Linux: page_referenced(), mm/rmap.c.
+    What a VM_LOCKED mapping needs counts as used; devices that keep count of what they use are
+    asked too. Linux: page_referenced(), mm/rmap.c.
     """
     referenced = np.zeros(pfns.size, dtype=np.bool_)
     for vma, which, addrs in rmap_walk(mem, pfns):
@@ -389,6 +419,8 @@ def page_referenced(mem: MemMap, pfns: Pfns) -> Mask:
         with vma.vm_mm.page_table_lock:
             at, mapped = page_vma_mapped_walk(vma, pfns[which], addrs)
             used = mapped & (pte_young(entries[at]) | bool(vma.vm_flags & VM_LOCKED))
+            if vma.vm_mm.notifier_extras:
+                used[mapped] |= mmu_notifier_clear_flush_young(vma.vm_mm, addrs[mapped])
             entries[at[mapped]] &= _NOT_ACCESSED
         referenced[which[used]] = True
     return referenced
@@ -449,15 +481,16 @@ def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
     writable = is_write_migration_entry(waiting)
     if not vma.vm_flags & VM_WRITE:
         writable = np.zeros_like(writable)
-    soft_dirty = pte_swp_soft_dirty(waiting)
 
     device = mem.is_zone_device_page(pfns)
     if every(device) and every(mem.is_device_private_page(pfns)):
-        return make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+        return make_device_private_entry(pfns, writable) | waiting & _WATCHED
     entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
-    entries |= writable * _PAGE_RW | soft_dirty * _PAGE_SOFT_DIRTY
+    entries |= writable * _PAGE_RW | pte_swp_soft_dirty(waiting) * _PAGE_SOFT_DIRTY
+    if vma.vm_mm.uffd_wp:
+        entries |= (pte_swp_uffd_wp(waiting) & ~writable) * _PAGE_UFFD_WP
     if some(device):
-        theirs = make_device_private_entry(pfns, writable) | soft_dirty * SWP_SOFT_DIRTY
+        theirs = make_device_private_entry(pfns, writable) | waiting & _WATCHED
         entries |= device * _PAGE_DEVMAP
         entries = np.where(mem.is_device_private_page(pfns), theirs, entries)
     return entries

@@ -20,6 +20,9 @@ class Task:
         self.mm: Any = None  # its MmStruct, whose group pays for the pages of files it reads
         self.mempolicy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the default
         self.il_next = 0  # turns that interleaving has taken, of pages that have no address
+        self.cred: Any = None  # the Cred of mm/cred.py; None is root's, with all capabilities
+        self.rlimit_memlock = 64 << 10  # bytes that it may lock in memory without CAP_IPC_LOCK
+        self.mems_allowed: tuple[int, ...] | None = None  # nodes of its cpuset; None: all
         self.min_flt = 0  # faults served without I/O
         self.maj_flt = 0  # faults that waited for swap or a file
         self.memcg_in_oom: Any = None  # the MemCgroup whose limit made its last charge fail

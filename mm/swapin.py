@@ -27,9 +27,9 @@ from mm.memcontrol import (
     mem_cgroup_swapin_commit,
 )
 from mm.mempolicy import alloc_pages_vma
-from mm.page_flags import PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
+from mm.page_flags import PG_hwpoison, PG_lru, PG_mlocked, PG_swapbacked, PG_swapcache
 from mm.page_io import swap_readpage
-from mm.pgtable import _PAGE_DIRTY, _PAGE_RW, _PAGE_SOFT_DIRTY, mk_pte
+from mm.pgtable import _PAGE_DIRTY, _PAGE_RW, _PAGE_SOFT_DIRTY, _PAGE_UFFD_WP, mk_pte
 from mm.rmap import do_page_add_anon_rmap
 from mm.sched import current_task
 from mm.swap import lru_add_drain, lru_cache_add, put_page
@@ -41,9 +41,16 @@ from mm.swap_state import (
     lookup_swap_cache,
 )
 from mm.swapfile import free_pages_and_swap_cache, try_to_free_swap
-from mm.swapops import pte_swp_exclusive, pte_swp_soft_dirty, swp_offset, swp_type
+from mm.swapops import (
+    pte_swp_exclusive,
+    pte_swp_soft_dirty,
+    pte_swp_uffd_wp,
+    swp_offset,
+    swp_type,
+)
 from mm.types import VM_LOCKED, VM_SOFTDIRTY, VM_WRITE, MemMap, MmStruct, Vma, VmFault
 from mm.typing import Addresses, Faults, Indices, Mask, Pfns, Ptes, Slots, word
+from mm.userfaultfd_k import userfaultfd_wp
 from mm.vectors import every, has, places, some
 from mm.workingset import workingset_refault
 
@@ -132,6 +139,14 @@ def swapin(
             frames = new_frames(absent)
             pfns[absent], faults[absent] = read_swap_cache(mem, slots[absent], frames)
         read[absent] = pfns[absent] > 0
+        if some(pfns):  # once those are mapped, they may go to swap again for the others
+            faults[faults == VmFault.OOM] = VmFault.RETRY
+    if mem.num_poisoned_pages:
+        got = places(pfns)
+        lost = got[has(mem.flags[pfns[got]], PG_hwpoison)]
+        unlock_page(mem, pfns[lost])
+        put_page(mem, pfns[lost])
+        pfns[lost], faults[lost] = 0, VmFault.HWPOISON
     return SwappedIn(pfns, read, faults, busy)
 
 
@@ -222,6 +237,10 @@ def _map(
     if not vma.vm_flags & VM_SOFTDIRTY:
         writable = writable & soft_dirty  # else a store would not be noticed
     entries = mk_pte(pfns, vma.vm_page_prot) | soft_dirty * _PAGE_SOFT_DIRTY
+    if mm.uffd_wp:
+        guarded = pte_swp_uffd_wp(ptes)
+        entries |= guarded * _PAGE_UFFD_WP
+        writable = writable & ~(guarded & userfaultfd_wp(vma))
     entries |= writable * (_STORED if write else _PAGE_RW)
     do_page_add_anon_rmap(vma, pfns, addrs, own)
     mem.tables.entries[at] = entries

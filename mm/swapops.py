@@ -1,16 +1,18 @@
 """Entries that are not present: swap entries, and what Linux hides among them.
 
-        63      59 58                                   9 8 7 6    2 1 0
-       +----------+--------------------------------------+-+-+------+-+-+
-       |   type   |           offset, inverted           |0|E|  0   |S|0|
-       +----------+--------------------------------------+-+-+------+-+-+
+        63      59 58                                   9 8 7 6  3 2 1 0
+       +----------+--------------------------------------+-+-+----+-+-+-+
+       |   type   |           offset, inverted           |0|E|  0 |U|S|0|
+       +----------+--------------------------------------+-+-+----+-+-+-+
 
-S is the soft-dirty bit; E says of a slot that no other process holds it (since v5.19). The
-offset is inverted so that a processor which speculates on the entry finds no cacheable memory
-there (L1TF). It is a slot of the swap area; for a page under migration, a device-private page
-and a poisoned page it is a PFN. Linux: include/linux/swapops.h, arch/x86/include/asm/pgtable_64.h.
+S is the soft-dirty bit; U says that userfaultfd wants to know of a store (since v5.7); E says of a
+slot that no other process holds it (since v5.19). The offset is inverted so that a processor which
+speculates on the entry finds no cacheable memory there (L1TF). It is a slot of the swap area; for a
+page under migration, a device-private page and a poisoned page it is a PFN. A marker stands for no
+page: it keeps what U is for where there is none. Linux: include/linux/swapops.h,
+arch/x86/include/asm/pgtable_64.h.
 
-A present entry never has bits 62-59. So the types from SWP_HWPOISON up are told from everything
+A present entry never has bits 62-59. So the types from SWP_PTE_MARKER up are told from everything
 else, and from one another, by comparing whole entries.
 """
 
@@ -28,18 +30,21 @@ SWP_TYPE_SHIFT: Final = word(59)
 SWP_OFFSET_SHIFT: Final = word(9)
 SWP_OFFSET_MASK: Final = word((1 << 50) - 1)
 SWP_SOFT_DIRTY: Final = word(1 << 1)
+SWP_UFFD_WP: Final = word(1 << 2)
 SWP_EXCLUSIVE: Final = word(1 << 7)
 
 MAX_SWAPFILES_SHIFT: Final = 5
-MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1 - 2
-SWP_DEVICE_EXCLUSIVE_WRITE: Final = MAX_SWAPFILES  # since v5.14
-SWP_DEVICE_EXCLUSIVE_READ: Final = MAX_SWAPFILES + 1
-SWP_HWPOISON: Final = MAX_SWAPFILES + 2
-SWP_MIGRATION_READ: Final = MAX_SWAPFILES + 3
-SWP_MIGRATION_WRITE: Final = MAX_SWAPFILES + 4
-SWP_DEVICE_WRITE: Final = MAX_SWAPFILES + 5
-SWP_DEVICE_READ: Final = MAX_SWAPFILES + 6
+MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1 - 2 - 1
+SWP_PTE_MARKER: Final = MAX_SWAPFILES  # since v5.19
+SWP_DEVICE_EXCLUSIVE_WRITE: Final = MAX_SWAPFILES + 1  # since v5.14
+SWP_DEVICE_EXCLUSIVE_READ: Final = MAX_SWAPFILES + 2
+SWP_HWPOISON: Final = MAX_SWAPFILES + 3
+SWP_MIGRATION_READ: Final = MAX_SWAPFILES + 4
+SWP_MIGRATION_WRITE: Final = MAX_SWAPFILES + 5
+SWP_DEVICE_WRITE: Final = MAX_SWAPFILES + 6
+SWP_DEVICE_READ: Final = MAX_SWAPFILES + 7
 
+PTE_MARKER_UFFD_WP: Final = 1  # the offset of a marker
 
 _NEXT_TYPE: Final = word(1 << 59)
 _FIRST: Final = tuple(word(kind << 59) for kind in range(1 << MAX_SWAPFILES_SHIFT))
@@ -159,6 +164,29 @@ def is_hwpoison_entry(ptes: Ptes) -> Mask:
     return (ptes >= _first(SWP_HWPOISON)) & (ptes < _first(SWP_MIGRATION_READ))
 
 
+def make_pte_marker(count: int) -> Ptes:
+    """*count* entries that keep a page write-protected by userfaultfd before there is one.
+
+    Linux: make_pte_marker(), include/linux/swapops.h, v5.19.
+    """
+    return swp_entry(SWP_PTE_MARKER, np.full(count, PTE_MARKER_UFFD_WP))
+
+
+def is_pte_marker(ptes: Ptes) -> Mask:
+    """True where there is a marker in place of a page. Linux: is_pte_marker(), v5.19."""
+    return (ptes >= _first(SWP_PTE_MARKER)) & (ptes < _first(SWP_DEVICE_EXCLUSIVE_WRITE))
+
+
+def pte_none_mostly(ptes: Ptes) -> Mask:
+    """True where no page is, though there may be a marker. Linux: pte_none_mostly(), v5.19."""
+    return pte_none(ptes) | is_pte_marker(ptes)
+
+
+def is_pfn_swap_entry(ptes: Ptes) -> Mask:
+    """True for entries that are not present and stand for a page. Linux: is_pfn_swap_entry()."""
+    return ptes >= _first(SWP_DEVICE_EXCLUSIVE_WRITE)
+
+
 def make_readable(ptes: Ptes) -> Ptes:
     """The same entries without the right to store, whatever they stand for.
 
@@ -175,6 +203,11 @@ def make_readable(ptes: Ptes) -> Ptes:
 def pte_swp_soft_dirty(ptes: Ptes) -> Mask:
     """True where a swap-type entry carries the soft-dirty bit. Linux: pte_swp_soft_dirty()."""
     return has(ptes, SWP_SOFT_DIRTY)
+
+
+def pte_swp_uffd_wp(ptes: Ptes) -> Mask:
+    """True where userfaultfd wants to know of a store. Linux: pte_swp_uffd_wp(), v5.7."""
+    return has(ptes, SWP_UFFD_WP)
 
 
 def pte_swp_exclusive(ptes: Ptes) -> Mask:

@@ -29,6 +29,7 @@ from mm.pgtable import (
     pte_present,
     pte_soft_dirty,
     pte_special,
+    pte_uffd_wp,
     pte_write,
 )
 from mm.shmem import shmem_mapping, shmem_swap_usage
@@ -37,9 +38,12 @@ from mm.swapops import (
     MAX_SWAPFILES_SHIFT,
     SWP_SOFT_DIRTY,
     is_device_private_entry,
+    is_pfn_swap_entry,
+    is_pte_marker,
+    is_swap_entry,
     is_swap_pte,
-    non_swap_entry,
     pte_swp_soft_dirty,
+    pte_swp_uffd_wp,
     swp_offset,
     swp_type,
 )
@@ -65,6 +69,8 @@ from mm.types import (
     VM_READ,
     VM_SHARED,
     VM_SOFTDIRTY,
+    VM_UFFD_MISSING,
+    VM_UFFD_WP,
     VM_WIPEONFORK,
     VM_WRITE,
     MmStruct,
@@ -102,7 +108,9 @@ _MNEMONICS: Final = (
     (VM_MAYWRITE, "mw"),
     (VM_MAYEXEC, "me"),
     (VM_MAYSHARE, "ms"),
+    (VM_UFFD_MISSING, "um"),
     (VM_PFNMAP, "pf"),
+    (VM_UFFD_WP, "uw"),
     (VM_LOCKED, "lo"),
     (VM_IO, "io"),
     (VM_DONTCOPY, "dc"),
@@ -127,7 +135,7 @@ def entry_pfns(ptes: Ptes) -> Pfns:
     """
     pfns = np.full(ptes.size, -1, dtype=np.int64)
     normal = pte_present(ptes) & ~pte_special(ptes)
-    special = is_swap_pte(ptes) & non_swap_entry(ptes)
+    special = is_pfn_swap_entry(ptes)
     pfns[normal] = pte_pfn(ptes[normal])
     pfns[special] = swp_offset(ptes[special])
     return pfns
@@ -176,9 +184,11 @@ def _pagemap_entries(ptes: Ptes) -> Ptes:
     words = np.zeros(ptes.size, dtype=np.uint64)
     words[present] = pte_pfn(ptes[present]).view(np.uint64) | PM_PRESENT
     words[present] |= pte_soft_dirty(ptes[present]) * PM_SOFT_DIRTY
+    words[present] |= pte_uffd_wp(ptes[present]) * PM_UFFD_WP
     swap = ptes[swapped]
     words[swapped] = (swp_offset(swap).view(np.uint64) << _SWAP_SHIFT) | swp_type(swap) | PM_SWAP
     words[swapped] |= pte_swp_soft_dirty(swap) * PM_SOFT_DIRTY
+    words[swapped] |= (pte_swp_uffd_wp(swap) | is_pte_marker(swap)) * PM_UFFD_WP
     return words
 
 
@@ -233,7 +243,7 @@ def _smaps_account(mss: MemSizeStats, vma: Vma, ptes: Ptes) -> int:
     Linux: smaps_pte_entry() and smaps_account().
     """
     mem = vma.vm_mm.mem
-    mss.swap += int(np.count_nonzero(is_swap_pte(ptes) & ~non_swap_entry(ptes))) << PAGE_SHIFT
+    mss.swap += int(np.count_nonzero(is_swap_entry(ptes))) << PAGE_SHIFT
     pfns = entry_pfns(ptes)
     paged = pfns >= 0
     if not some(paged):

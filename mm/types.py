@@ -115,8 +115,7 @@ class MemMap:
     ) -> None:
         for column in COLUMNS:
             setattr(self, column.name, np.zeros(limit_pfn, dtype=column.dtype))
-        self.max_pfn = max_pfn  # first PFN above system memory
-        self._first_device_pfn = number(max_pfn)
+        self.grow(max_pfn)
         self.limit_pfn = limit_pfn  # first PFN that no device can have either
         # What the CPU can address, uint8[limit_pfn, 4096]: system and device-public memory. The
         # rows of device-private pages are never touched.
@@ -137,6 +136,7 @@ class MemMap:
         self.cpu_to_node = [0] * cpus  # NUMA node of each CPU
         self.lru_clock = 0  # stamps given out
         self.swap = SwapInfo(0, self.locks, payload=False)  # the swap area
+        self.num_poisoned_pages = 0  # frames that are PG_hwpoison
         self.anon_vmas: dict[int, AnonVma] = {}  # by the number that `mapping` holds
         self.next_anon_vma = 1
         self.super_blocks: list[Any] = []  # every BlockFs of mm/blockfs.py that is mounted
@@ -148,11 +148,17 @@ class MemMap:
         self.dirty_background_ratio = 10  # percent of memory that may be dirty before it is written
         self.vm_dirty_ratio = 20  # and before who makes it dirty has to wait
         self.pins: list[Any] = []  # references held outside all tables (mm.gup.Pin)
+        self.cpusets_enabled = False  # some task may not use every node
         self.mms: list[MmStruct] = []  # address spaces that live
         self.device_pgds: list[int] = []  # top page tables of devices
         # The MemCgroup of mm/mem_cgroup.py by the number in `memcg`; none until the first is made.
         self.memcgs: dict[int, Any] = {}
         self.memcg_reclaim: Callable[[Any, int], int] | None = None  # mm/vmscan.py fills it
+
+    def grow(self, max_pfn: int) -> None:
+        """System memory ends at *max_pfn* from now on; device memory begins above."""
+        self.max_pfn = max_pfn  # first PFN above system memory
+        self._first_device_pfn = number(max_pfn)
 
     def page_to_nid(self, pfns: Pfns) -> NDArray[np.int16]:
         """NUMA node of each page. Linux: page_to_nid(), include/linux/mm.h."""
@@ -206,9 +212,15 @@ class VmFault(IntFlag):
     HWPOISON = 0x0010
     SIGSEGV = 0x0040
     RETRY = 0x0400
+    UFFD_MISSING = 0x4000  # (not Linux) with RETRY: userland has to bring the page first
+    UFFD_WP = 0x8000  # (not Linux) with RETRY: userland has to allow the store first
 
 
-VM_FAULT_ERROR: Final = int(VmFault.OOM | VmFault.SIGBUS | VmFault.HWPOISON | VmFault.SIGSEGV)
+VM_FAULT_USERFAULT: Final = int(VmFault.UFFD_MISSING | VmFault.UFFD_WP)
+# Whoever cannot wait for userland takes its faults for errors.
+VM_FAULT_ERROR: Final = int(
+    VmFault.OOM | VmFault.SIGBUS | VmFault.HWPOISON | VmFault.SIGSEGV | VM_FAULT_USERFAULT
+)
 
 
 class DevPagemap(Protocol):
@@ -304,7 +316,9 @@ VM_MAYREAD: Final = 0x00000010
 VM_MAYWRITE: Final = 0x00000020
 VM_MAYEXEC: Final = 0x00000040
 VM_MAYSHARE: Final = 0x00000080
+VM_UFFD_MISSING: Final = 0x00000200
 VM_PFNMAP: Final = 0x00000400
+VM_UFFD_WP: Final = 0x00001000
 VM_LOCKED: Final = 0x00002000
 VM_IO: Final = 0x00004000
 VM_SEQ_READ: Final = 0x00008000
@@ -325,6 +339,7 @@ VM_MERGEABLE: Final = 0x80000000
 VM_SPECIAL: Final = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
 VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
 VM_LOCKED_MASK: Final = VM_LOCKED | VM_LOCKONFAULT
+VM_UFFD_FLAGS: Final = VM_UFFD_MISSING | VM_UFFD_WP
 
 
 def vm_get_page_prot(vm_flags: int) -> Word:
@@ -401,6 +416,7 @@ class Vma:
         "vm_pgoff",
         "vm_policy",
         "vm_start",
+        "vm_userfaultfd_ctx",
     )
 
     def __init__(self, mm: MmStruct, start: int, end: int, vm_flags: int, pgoff: int) -> None:
@@ -413,6 +429,7 @@ class Vma:
         self.vm_file: Any = None  # the File of mm/fs.py behind it
         self.vm_ops: VmOperations | None = None  # of that file
         self.vm_policy: Any = None  # the Mempolicy of mm/mempolicy.py; None is the task's
+        self.vm_userfaultfd_ctx: Any = None  # the UserfaultfdCtx that faults go to, if any
         self.anon_vma: AnonVma | None = None  # where new anonymous pages of this VMA belong
         self.anon_vma_chain: list[AnonVma] = []  # every anon_vma that lists this VMA
 
@@ -456,10 +473,14 @@ class MmStruct:
         self.total_vm = 0  # pages
         self.locked_vm = 0  # pages
         self.notifiers: list[Any] = []  # the MmuNotifier of mm/mmu_notifier.py
+        self.notifier_extras: dict[str, list[Any]] = {}  # those of them that have each of EXTRAS
         self.interval_notifiers: list[Any] = []  # its MmuIntervalNotifier, by start
         self.invalidate_seq = 2  # odd while one of those is told of a change
         self.invalidating: list[Any] = []  # every MmuNotifierRange between start and end
         self.hmm: Any = None  # the Hmm of hmm/mirror.py
+        self.userfaultfds: list[Any] = []  # every open UserfaultfdCtx of mm/userfaultfd_k.py
+        self.uffd_events: list[Any] = []  # for userland to hear of when mmap_sem is let go of
+        self.uffd_wp = False  # some entry may have a bit for userfaultfd, or have had one
         self.memcg: Any = None  # the MemCgroup that pays for its pages; None is the root
         self.exited = False
         mem.mms.append(self)

@@ -47,6 +47,7 @@ from mm.types import (
     payload_of,
 )
 from mm.typing import PAGE_SIZE, Addresses, Payload, Pfns, pages, word
+from mm.userfaultfd_k import Userfault, userfault
 from mm.vectors import every, places, some
 
 # Told of pages that are there and may not leave: (place of the first in the vector, PFNs).
@@ -65,16 +66,25 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> No
 
     *use* is called for stretches of *addrs* in order, with accessed and dirty bits set, and runs
     under the page-table lock. Where an address cannot be reached, those before it are used, then
-    SegmentationFault, BusError, OutOfMemory or PageHeld is raised.
+    SegmentationFault, BusError, OutOfMemory or PageHeld is raised; or userland is asked, and
+    TimedOut raised if it does not answer.
     """
-    done, block, retries = 0, BLOCK, 0
+    done, block, step, retries = 0, BLOCK, BLOCK, 0
     limit, failure = addrs.size, None
-    while done < limit:
+    while done < limit or failure is not None:
+        if failure is not None and done == limit:
+            if not isinstance(failure, Userfault):
+                raise failure
+            failure.wait()
+            limit, failure = addrs.size, None
+            block = step = 1  # more page by page, unless userland has brought more
         near = addrs[done : min(done + block, limit)]
         used, missing = _use_ready(mm, near, done, use, write=write)
         done += used
         if used:
-            block, retries = BLOCK, 0
+            if step < BLOCK:
+                step *= 2
+            block, retries = step, 0
         if missing.size:
             failed_at, error = _fault_in(mm, missing, write=write)
             if error is not None:
@@ -86,8 +96,6 @@ def access_pages(mm: MmStruct, addrs: Addresses, use: Use, *, write: bool) -> No
                     cond_resched()
             if retries > MAX_RETRIES:
                 raise served_in_vain(mm, missing.item(0), "page fault")
-    if failure is not None:
-        raise failure
 
 
 def _use_ready(
@@ -111,7 +119,9 @@ def _use_ready(
     return used, addrs[~ready]
 
 
-def _fault_in(mm: MmStruct, addrs: Addresses, *, write: bool) -> tuple[int, MmError | None]:
+def _fault_in(
+    mm: MmStruct, addrs: Addresses, *, write: bool
+) -> tuple[int, MmError | Userfault | None]:
     """Serve faults at *addrs* until one fails; that address and the error, or 0 and None."""
     done = 0
     with mm.mmap_sem.read():
@@ -126,8 +136,9 @@ def _fault_in(mm: MmStruct, addrs: Addresses, *, write: bool) -> tuple[int, MmEr
             if some(faults):
                 failed = places(faults & VM_FAULT_ERROR)
                 if failed.size:
-                    addr = here.item(failed[0])
-                    return addr, mm_fault_error(mm, addr, VmFault(faults.item(failed[0])))
+                    addr, fault = here.item(failed[0]), VmFault(faults.item(failed[0]))
+                    asked = userfault(vma, addr, fault, write=write)
+                    return addr, asked or mm_fault_error(mm, addr, fault)
             done += here.size
     return 0, None
 
@@ -171,12 +182,15 @@ def mm_fault_error(mm: MmStruct, addr: int, fault: VmFault) -> MmError:
         return SegmentationFault(addr, f"{mm.name}: the fault handler refused {addr:#x}")
     if fault & VmFault.HWPOISON:
         return BusError(addr, f"{mm.name}: the contents of the page at {addr:#x} are lost")
-    return BusError(
-        addr,
-        f"{mm.name}: the contents of the page at {addr:#x} cannot be had: they are lost, or beyond "
-        f"the end of the file",
-        poisoned=False,
-    )
+    vma = find_vma(mm, addr)
+    if vma is not None and vma.vm_userfaultfd_ctx is not None:
+        what = f"{addr:#x} is userland's to serve, and nobody waits for it"
+    else:
+        what = (
+            f"the contents of the page at {addr:#x} cannot be had: they are lost, or beyond the "
+            f"end of the file"
+        )
+    return BusError(addr, f"{mm.name}: {what}")
 
 
 def served_in_vain(mm: MmStruct, addr: int, what: str) -> PageHeld | KernelBug:

@@ -10,8 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from mm.errors import InvalidArgument
 from mm.typing import Indices, Mask, Word
 
 
@@ -124,3 +125,11 @@ def nr_pieces(breaks: Mask) -> int:
 def stretches(numbers: NDArray[np.int64], step: int = 1) -> list[slice]:
     """*numbers* as slices in which each is *step* above the one before."""
     return pieces(numbers[1:] != numbers[:-1] + step, numbers.size)
+
+
+def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """*values*, a number or many of them, as a vector. Raises InvalidArgument for other things."""
+    vector = np.asarray(values).reshape(-1)
+    if vector.size and vector.dtype.kind not in "iu":
+        raise InvalidArgument(f"{name} are whole numbers, got {vector[:4]}")
+    return vector.astype(np.int64)

@@ -1,7 +1,8 @@
 """VMAs: cutting one in two, and joining neighbours that are alike. Linux: mm/mmap.c.
 
 Two neighbours are one VMA where nothing tells them apart: the flags (all but VM_SOFTDIRTY), the
-file, the policy, page offsets that go on from one to the other, and anon_vmas that agree. So a
+file, the policy, the userfaultfd, page offsets that go on from one to the other, and anon_vmas that
+agree. So a
 range of new memory may enlarge what is beside it, and a range whose flags change may go over to
 a neighbour or stand alone:
 
@@ -53,13 +54,15 @@ class VmaMerge:
     vm_file: Any = None
     vm_policy: Mempolicy | None = None
     anon_vma: AnonVma | None = None
+    uffd_ctx: Any = None
 
 
 def vmg_of(vma: Vma, start: int, end: int) -> VmaMerge:
     """[*start*, *end*) as a part, or a continuation, of *vma*. Linux: VMG_VMA_STATE(), mm/vma.h."""
     pgoff = vma.vm_pgoff + ((start - vma.vm_start) >> PAGE_SHIFT)
-    policy, anon_vma = vma.vm_policy, vma.anon_vma
-    return VmaMerge(vma.vm_mm, start, end, pgoff, vma.vm_flags, vma.vm_file, policy, anon_vma)
+    vmg = VmaMerge(vma.vm_mm, start, end, pgoff, vma.vm_flags, vma.vm_file, vma.vm_policy)
+    vmg.anon_vma, vmg.uffd_ctx = vma.anon_vma, vma.vm_userfaultfd_ctx
+    return vmg
 
 
 def _vm_start(vma: Vma) -> int:
@@ -124,6 +127,7 @@ def _is_mergeable_vma(vma: Vma, vmg: VmaMerge) -> bool:
         not (vma.vm_flags ^ vmg.vm_flags) & ~VM_SOFTDIRTY
         and vma.vm_file is vmg.vm_file
         and mpol_equal(vma.vm_policy, vmg.vm_policy)
+        and vma.vm_userfaultfd_ctx is vmg.uffd_ctx
     )
 
 
@@ -225,6 +229,7 @@ def split_vma(vma: Vma, addr: int) -> Vma:
     rest = Vma(vma.vm_mm, addr, vma.vm_end, vma.vm_flags, vma.vm_pgoff)
     rest.vm_pgoff += (addr - vma.vm_start) >> PAGE_SHIFT
     vma_inherit(rest, vma)
+    rest.vm_userfaultfd_ctx = vma.vm_userfaultfd_ctx
     anon_vma_clone(rest, vma)
     vma_set_range(vma, vma.vm_start, addr)
     insert_vma(rest)
@@ -273,4 +278,16 @@ def vma_modify_policy(vma: Vma, start: int, end: int, policy: Mempolicy | None) 
     if vma.vm_ops is not None and vma.vm_ops.set_policy is not None:
         vma.vm_ops.set_policy(vma, start, end, policy)
     vma.vm_policy = policy
+    return vma
+
+
+def vma_modify_flags_uffd(vma: Vma, start: int, end: int, vm_flags: int, ctx: Any) -> Vma:
+    """Let [*start*, *end*) of *vma* have *vm_flags*, and its faults go to *ctx*; its VMA then.
+
+    Linux: vma_modify_flags_uffd(), mm/vma.c, and userfaultfd_set_vm_flags(), v6.12.
+    """
+    vmg = vmg_of(vma, start, end)
+    vmg.vm_flags, vmg.uffd_ctx = vm_flags, ctx
+    vma = vma_modify(vma, vmg)
+    vma.vm_flags, vma.vm_userfaultfd_ctx = vm_flags, ctx
     return vma

@@ -19,8 +19,11 @@ OURS = {
             "check_swap"
         ),
         "debug_cache": "check_page_cache check_files",
+        "debug_mm": (
+            "check_entries check_anon_vmas check_vmas check_notifiers check_userfaultfds "
+            "check_tables"
+        ),
         "debug_buffer": "check_buffers check_writeback check_super_blocks",
-        "debug_mm": "check_entries check_anon_vmas check_vmas check_notifiers check_tables",
         "debug_memcg": "check_memcgs",
         "census": "take_census used_entries complain dirty_in_tables",
     },
@@ -39,11 +42,15 @@ OURS = {
         "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
             "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
-            "stretches set_bits keep_bits"
+            "stretches set_bits keep_bits integers"
         ),
     },
     "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},
-    "text for people": {"memparse": "format_size", "page_flags": "describe_flags"},
+    "text for people": {
+        "memparse": "format_size",
+        "mempolicy": "show_nodes",
+        "page_flags": "describe_flags",
+    },
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler alone"},
     "shared by the faults and migrate_vma_insert_page()": {"memory": "anon_entries"},

@@ -268,10 +268,12 @@ class World:
             fs.unmount()
         self.machine.verify()
         assert ([], {}) == (self.machine.mem.files, self.machine.mem.mappings)
-        assert self.free_at_boot == self.machine.nr_free_pages
+        poisoned = self.machine.mem.num_poisoned_pages
+        assert self.free_at_boot == self.machine.nr_free_pages + poisoned
         assert 0 == self.machine.vmstat["nr_page_table_pages"]
         assert 0 == self.machine.mem.swap.inuse_pages
         assert {} == self.machine.mem.anon_vmas
+        assert all(0 == g.usage == g.swap_usage for g in self.machine.mem.memcgs.values())
 
 
 def mapped_range(  # noqa: PLR0913 - each a default that some test varies

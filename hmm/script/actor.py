@@ -26,6 +26,7 @@ from mm.memparse import Size
 from mm.process import Process
 from mm.sched import running
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, word
+from mm.userfaultfd import UserfaultFd
 from mm.vmstat import VMSTAT_NAMES
 
 BASE: Final = 0x1000_0000_0000  # of the first region
@@ -146,6 +147,7 @@ class Actor:
         self.mirrors: dict[int, File[Dmirror]] = {}  # that it opened, by device
         self.inherited: dict[int, File[Dmirror]] = {}  # that its parent had opened
         self.pins: list[tuple[str, str, File[list[Pin]]]] = []  # name, method, what they hold
+        self.uffd: File[UserfaultFd] | None = None  # once a range is registered
         self.files: list[File[Any]] = []  # everything it has open
 
     def perform(self, op: Operation) -> Answer:

@@ -6,19 +6,21 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from hmm.script import devices, family, memory, nodes, pins, state
+from hmm.script import devices, family, memory, nodes, pins, state, uffd
 from hmm.script.actor import Actor, Host
 from hmm.script.language import parse
 from hmm.script.operations import GRAMMARS, Answer, Unsupported, operation
 
-OPERATIONS: Final = (memory, state, devices, nodes, pins, family)  # the files that have operations
-NOT_YET: Final = (
-    "uffd_reg NAME first n UFFD",
-    "uffd_unreg NAME first n",
-    "uffd_copy NAME first n V",
-    "uffd_wp NAME first n [off]",
-    "ksm PASSES",
-)
+OPERATIONS: Final = (
+    memory,
+    state,
+    devices,
+    nodes,
+    pins,
+    uffd,
+    family,
+)  # the files that have operations
+NOT_YET: Final = ("ksm PASSES",)
 
 
 def _not_yet(usage: str) -> None:

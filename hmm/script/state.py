@@ -34,6 +34,7 @@ from mm.swapops import (
     SWP_HWPOISON,
     SWP_MIGRATION_READ,
     SWP_MIGRATION_WRITE,
+    SWP_PTE_MARKER,
 )
 from mm.task_mmu import (
     PM_FILE,
@@ -75,6 +76,7 @@ _LETTERS: Final = {
     SWP_DEVICE_EXCLUSIVE_WRITE: "X",
     SWP_DEVICE_EXCLUSIVE_READ: "x",
     SWP_HWPOISON: "H",
+    SWP_PTE_MARKER: "K",
 }
 _NOTHING, _PRESENT, _ZERO = ((1 << MAX_SWAPFILES_SHIFT) + i for i in range(3))
 _ENTRY_LETTERS: Final = np.full(_ZERO + 1, "S", dtype="U1")

@@ -420,15 +420,18 @@ class TestExclusive:
         assert [False, True, True, False, False] == pte_devmap(world.ptes()).tolist()
 
     def test_close(self):
-        """The device cannot go while it has pages for itself."""
+        """When the device goes, what was taken is given back, and goes to system memory."""
         world = borrowed()
         world.make_exclusive(1)
+        child = world.seen_by(world.process.fork())
+        child.make_exclusive(3)
+        assert is_device_exclusive_entry(child.ptes())[3]
 
-        with pytest.raises(Busy):
-            world.gpu.close()
+        assert 0 == faults_of(world, world.gpu.close)
 
-        assert is_device_exclusive_entry(world.ptes())[1]
+        assert [False] * 5 == world.on_device() == child.on_device()
         assert world.intact()
+        assert child.intact()
 
 
 class TestOpen:

@@ -6,7 +6,6 @@ every word, unless the scenario says otherwise.
 
 import threading
 
-import numpy as np
 import pytest
 
 from hmm.dmirror import (
@@ -18,70 +17,17 @@ from hmm.dmirror import (
     PROT_READ,
     PROT_WRITE,
     PROT_ZERO,
-    Dmirror,
 )
-from hmm.dmirror_device import DmirrorDevice
 from mm.errors import Busy, InvalidArgument, MmError, NoEntry, PermissionDenied, SegmentationFault
-from mm.machine import Machine
-from mm.sched import running
 from mm.typing import PAGE_SIZE
-
-NPAGES = 1024  # HMM_BUFFER_SIZE: 4 MiB
-NTIMES = 10
-
-
-class Fixture:
-    """A process that has two devices of one kind open."""
-
-    def __init__(self, *, public: bool) -> None:
-        self.machine = Machine(("64MiB", "64MiB"), swap="16MiB")
-        self.public = public
-        self.process = self.machine.spawn("hmm-tests")
-        devices = [DmirrorDevice(self.machine, n, public=public) for n in (0, 1)]
-        self.zero, self.one = [Dmirror(device, self.process) for device in devices]
-
-    def buffer(self, npages=NPAGES, prot="rw"):
-        """A mapping of *npages*."""
-        return self.process.mmap(npages * PAGE_SIZE, prot)
-
-    def filled(self, npages=NPAGES):
-        """A mapping in which the CPU has written page i with i."""
-        addr = self.buffer(npages)
-        self.process.write(addr, contents(npages))
-        return addr
-
-    def read(self, addr, npages=NPAGES):
-        """What the CPU sees, uint8[npages, 4096]."""
-        raw = self.process.read(addr, npages * PAGE_SIZE)
-        return np.frombuffer(raw, dtype=np.uint8).reshape(npages, PAGE_SIZE)
-
-    def faults(self, access, *args):
-        """Faults of the CPU that *access* takes."""
-        before = self.process.min_flt
-        access(*args)
-        return self.process.min_flt - before
-
-
-def contents(npages, first=0):
-    """Page i holds first + i in each of its words."""
-    words = np.repeat(np.arange(first, first + npages, dtype=np.uint64), 512)
-    return words.view(np.uint8).reshape(npages, PAGE_SIZE)
-
-
-def same(one, other):
-    return np.array_equal(one, other)
+from tests.hmm.hmm_tests import NPAGES, NTIMES, contents, hmm_tests, same
 
 
 @pytest.fixture(params=[False, True], ids=["private", "public"])
 def hmm(request):
-    """One kind of device; everything is closed, and whole, afterwards."""
-    fixture = Fixture(public=request.param)
-    with running(fixture.process):
+    """One kind of device after the other."""
+    with hmm_tests(public=request.param) as fixture:
         yield fixture
-        fixture.machine.verify()
-    fixture.zero.close()
-    fixture.one.close()
-    fixture.process.exit()
 
 
 class TestReadAndWrite:

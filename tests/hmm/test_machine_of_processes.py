@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from hmm.dmirror import Dmirror
 from hmm.dmirror_device import DmirrorDevice
 from mm import PAGE_SIZE, Busy, InvalidArgument, Process, SegmentationFault
-from mm.errors import MmError, NoEntry
+from mm.errors import InputOutputError, MmError, NoEntry
 from mm.gup import Pin
 from mm.machine import Machine
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_write
@@ -62,17 +62,24 @@ def ranges(draw: st.DrawFn) -> range:
 class Page:
     """A mapped page: its rights, the words that it may begin with, and what a fork does with it.
 
-    Where memory is shared, several processes have one and the same `words`.
+    Where memory is shared, all who map it have one and the same `words`.
     """
 
     prot: str
     words: set[int] = field(default_factory=lambda: {0})
+    shared: bool = False
     dontfork: bool = False
     wipeonfork: bool = False
 
     def forked(self) -> Page:
         """What a child has of it."""
+        if self.shared:
+            return replace(self)
         return replace(self, words={0} if self.wipeonfork else set(self.words))
+
+    def left_empty(self) -> Page:
+        """What is at its address when it has moved away, and the mapping has stayed."""
+        return replace(self) if self.shared else replace(self, words={0})
 
     def holds(self, words: Iterable[int]) -> None:
         """It has been stored to."""
@@ -112,6 +119,9 @@ class Processes(RuleBasedStateMachine):
         self.free = self.machine.nr_free_pages
         self.devices = [DmirrorDevice(self.machine, n, public=n > 1) for n in range(4)]
         self.pins: list[Pin] = []
+        self.file = self.machine.memfd_create("shared")
+        self.file.truncate(PAGES * PAGE_SIZE)
+        self.file_words: list[set[int]] = [{0} for _ in range(PAGES)]
         self.members = [Member(self.machine.spawn("0"), {})]
         self.born = 1
         self.mmap(0, range(2, 28), "rw")
@@ -123,6 +133,7 @@ class Processes(RuleBasedStateMachine):
             for page in self.members[0].pages:
                 self.mem_read(0, page)
             self._exit(self.members[0])
+        self.file.close()
         self.machine.verify()
         for device in self.devices:
             device.remove_chunks()
@@ -183,6 +194,37 @@ class Processes(RuleBasedStateMachine):
             member.process.mmap(len(pages) * PAGE_SIZE, prot, addr=at(pages.start))
             member.pages |= {n: Page(prot) for n in pages}
 
+    @rule(who=WHO, pages=ranges(), prot=PROTS)
+    def mmap_shared(self, who: int, pages: range, prot: str) -> None:
+        with self.member(who) as member:
+            member.process.mmap(len(pages) * PAGE_SIZE, prot, "anon|shared", addr=at(pages.start))
+            member.pages |= {n: Page(prot, shared=True) for n in pages}
+
+    @rule(who=WHO, pages=ranges(), prot=PROTS, offset=PAGE)
+    def mmap_file(self, who: int, pages: range, prot: str, offset: int) -> None:
+        pages = pages[: PAGES - offset]
+        with self.member(who) as member:
+            member.process.mmap(
+                len(pages) * PAGE_SIZE,
+                prot,
+                addr=at(pages.start),
+                file=self.file,
+                offset=offset * PAGE_SIZE,
+            )
+            for n, words in zip(pages, self.file_words[offset:], strict=False):
+                member.pages[n] = Page(prot, words, shared=True)
+
+    @rule(page=PAGE, value=VALUES)
+    def file_write(self, page: int, value: int) -> None:
+        self.file.write(page * PAGE_SIZE, words_of(value).tobytes())
+        self.file_words[page].clear()
+        self.file_words[page].add(value)
+
+    @rule(page=PAGE)
+    def file_read(self, page: int) -> None:
+        word = int.from_bytes(self.file.read(page * PAGE_SIZE, 8), "little")
+        assert word in self.file_words[page]
+
     @rule(who=WHO, pages=ranges())
     def munmap(self, who: int, pages: range) -> None:
         with self.member(who) as member:
@@ -214,7 +256,7 @@ class Processes(RuleBasedStateMachine):
                 for old, new in zip(pages, target, strict=True):
                     moved = member.pages.pop(old)
                     if keep:
-                        member.pages[old] = replace(moved, words={0})
+                        member.pages[old] = moved.left_empty()
                     member.pages[new] = moved
                 return
             for n in target:  # made way before the call found out
@@ -230,19 +272,24 @@ class Processes(RuleBasedStateMachine):
                 refused = False
             if advice in ("dontneed", "free"):
                 for n in member.pages.keys() & set(pages):
-                    kept = refused or advice == "free"
-                    member.pages[n].holds(member.pages[n].words | {0} if kept else {0})
+                    kept, page = refused or advice == "free", member.pages[n]
+                    if not page.shared:
+                        page.holds(page.words | {0} if kept else {0})
 
     @rule(who=WHO, pages=ranges(), advice=st.sampled_from(FORK_ADVICE))
     def madvise_fork(self, who: int, pages: range, advice: str) -> None:
         with self.member(who) as member:
-            with suppress(MmError):  # holes: taken on the rest
-                member.process.madvise(*span(pages), advice)
-            for n in member.pages.keys() & set(pages):
+            for n in sorted(member.pages.keys() & set(pages)):
+                page = member.pages[n]
+                if advice == "wipeonfork" and page.shared:
+                    with pytest.raises(InvalidArgument):
+                        member.process.madvise(at(n), PAGE_SIZE, advice)
+                    continue
+                member.process.madvise(at(n), PAGE_SIZE, advice)
                 if advice in ("dontfork", "dofork"):
-                    member.pages[n].dontfork = advice == "dontfork"
+                    page.dontfork = advice == "dontfork"
                 else:
-                    member.pages[n].wipeonfork = advice == "wipeonfork"
+                    page.wipeonfork = advice == "wipeonfork"
 
     @rule(who=WHO, pages=ranges(), lock=st.booleans(), onfault=st.booleans())
     def mlock(self, who: int, pages: range, lock: bool, onfault: bool) -> None:
@@ -283,7 +330,12 @@ class Processes(RuleBasedStateMachine):
     @rule(who=WHO, page=PAGE, value=VALUES)
     def mem_write(self, who: int, page: int, value: int) -> None:
         with self.member(who) as member:
-            if page in member.pages:
+            if page not in member.pages:
+                return
+            if member.pages[page].shared and member.pages[page].prot != "rw":
+                with pytest.raises(InputOutputError):
+                    member.process.mem_write(at(page), words_of(value))
+            else:
                 member.process.mem_write(at(page), words_of(value))
                 member.pages[page].holds({value})
 

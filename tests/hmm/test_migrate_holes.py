@@ -37,6 +37,19 @@ class TestHoles:
         assert [("device", prot == "rw")] * 3 == [(e.kind, e.write) for e in entries(world)]
         assert ({"nr_anon_pages": 3}, 3) == (delta, world.process.mm.anon_rss)
 
+    def test_hole_of_userland(self):
+        """A userfaultfd for missing pages fills it alone; one for stores keeps what it marks."""
+        world = mapped_range(pages=4, filled=False)
+        missing, stores = world.process.userfaultfd(), world.process.userfaultfd("wp_unpopulated")
+        missing.register(world.addr, PAGE_SIZE)
+        stores.register(world.at(2), 2 * PAGE_SIZE, "wp")
+        stores.writeprotect(world.at(3), PAGE_SIZE)
+
+        result = world.gpu.to_device(world.process, world.addr, world.nbytes)
+
+        assert [False, True, True, False] == world.on_device()
+        assert 1 == result.stayed["userfault"]
+
     def test_zero_page_is_system_memory(self):
         """Who asks for device pages alone is not given the zero page, but holes."""
         world = mapped_range(pages=2, filled=False)

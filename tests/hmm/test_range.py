@@ -293,6 +293,21 @@ class TestFailures:
 
         assert world.at(1) == failure.value.address
 
+    @pytest.mark.parametrize(
+        ("features", "why"), [("", "no device waits"), ("sigbus", "the page at")]
+    )
+    def test_page_of_userland(self, features, why):
+        """EFAULT, as nobody can wait here; what comes after it is not faulted in."""
+        world = mapped_range(pages=4, filled=False)
+        fd = world.process.userfaultfd(features)
+        fd.register(world.addr, world.nbytes)
+        fd.zeropage(world.addr, PAGE_SIZE)
+        with Watch(world.process.mm) as watch, pytest.raises(BusError, match=why) as failure:
+            look(hmm_range_of(world, watch, default_flags=FAULT))
+
+        assert world.at(1) == failure.value.address
+        fd.close()
+
     def test_no_memory(self):
         """EFAULT, as the kernel has no other word for it here."""
         world = mapped_range(pages=600, filled=False, nodes=("2MiB",))

@@ -84,7 +84,7 @@ class TestAnswers:
             next(found)
         host.machine.mem.mms[:] = []
 
-    @pytest.mark.parametrize("line", ["ksm 3", "uffd_wp A 0 1"])
+    @pytest.mark.parametrize("line", ["ksm 3"])
     def test_not_yet(self, line):
         """What the model lacks is refused by name."""
         (answer,) = play(line)

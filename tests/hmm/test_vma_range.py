@@ -158,6 +158,15 @@ class TestFault:
         assert [VALUES.error, VALUES.none] == wanted.pfns.tolist()[1:]
         assert not hmm_vma_range_done(wanted)
 
+    def test_page_of_userland(self, world):
+        """EBUSY: in v4.20 the fault is to be tried again."""
+        fd = world.process.userfaultfd()
+        fd.register(world.addr, world.nbytes)
+        world.process.madvise(world.addr, world.nbytes, "dontneed")
+        with pytest.raises(Busy):
+            fault(range_of(world, asked=FAULT))
+        fd.close()
+
     def test_store_to_read_only_memory(self):
         """EPERM, and nothing is copied behind the VMA's back."""
         world = mapped_range(pages=1, filled=False, prot="r")

@@ -11,7 +11,7 @@ from mm.blockfs_format import mkfs
 from mm.errors import (
     Busy,
     Corrupted,
-    FileExists,
+    Exists,
     FileTooLarge,
     InputOutputError,
     InvalidArgument,
@@ -142,7 +142,7 @@ class TestNames:
         """A file is found by its name until that is taken away."""
         with fs.create("a") as file:
             file.write(0, b"first")
-        with pytest.raises(FileExists):
+        with pytest.raises(Exists):
             fs.create("a")
         with fs.open("a") as file:
             assert b"first" == file.read(0, 99)

@@ -23,16 +23,27 @@ from mm.page_flags import (
     PG_reserved,
     PG_swapcache,
 )
-from mm.pgtable import _PAGE_DEVMAP, _PAGE_RW, PMD_SIZE, mk_pte, pte_offset
+from mm.pgtable import (
+    _PAGE_DEVMAP,
+    _PAGE_RW,
+    _PAGE_UFFD_WP,
+    PMD_SIZE,
+    mk_pte,
+    pte_mkuffd_wp,
+    pte_offset,
+)
 from mm.swap import lru_add_drain_all
 from mm.swapops import (
+    SWP_UFFD_WP,
     make_device_exclusive_entry,
     make_device_private_entry,
     make_migration_entry,
+    make_pte_marker,
     swp_entry,
 )
-from mm.types import COLUMNS, VM_WRITE, Vma, page_anon
+from mm.types import COLUMNS, VM_UFFD_WP, VM_WRITE, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
+from mm.userfaultfd_k import UffdEvent, UffdMsg, UserfaultfdWaiter
 from tests.hmm.watch import Watch
 from tests.world import mapped_range
 
@@ -596,6 +607,14 @@ class TestNotifiers:
 
         assert {"interval_notifiers"} == set(found)
 
+    def test_extras_of_listeners(self, world):
+        """Who listens, and to what besides, is noted at registration."""
+        world.process.mm.notifier_extras["change_pte"] = [world]
+        found = named(world.machine)
+        world.process.mm.notifier_extras.clear()
+
+        assert {"notifier_extras"} == set(found)
+
     def test_notifier_of_somebody_else(self, world, watch):
         """A notifier is in the list of the address space that it watches."""
         watch.mm = None
@@ -603,6 +622,74 @@ class TestNotifiers:
         watch.mm = world.process.mm
 
         assert {"interval_notifiers"} == set(found)
+
+
+class TestUserfaultfds:
+    @pytest.fixture
+    def fd(self, world):
+        fd = world.process.userfaultfd()
+        fd.register(world.addr, 3 * PAGE_SIZE, "wp")
+        yield fd
+        fd.close()
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda vma, fd: setattr(vma, "vm_userfaultfd_ctx", None),
+            lambda vma, fd: setattr(vma, "vm_flags", vma.vm_flags & ~VM_UFFD_WP),
+            lambda vma, fd: setattr(vma, "vm_userfaultfd_ctx", object()),
+        ],
+        ids=["no_fd", "no_flag", "unknown_fd"],
+    )
+    def test_area(self, world, fd, spoil):
+        """It has a flag exactly if it has an fd, and that is known."""
+        vma = world.vma
+        vm_flags = vma.vm_flags
+        spoil(vma, fd)
+        assert ["vm_userfaultfd_ctx"] == [*named(world.machine)]
+        vma.vm_flags, vma.vm_userfaultfd_ctx = vm_flags, fd
+
+    def test_fd_of_another_process(self, world, fd):
+        """An fd is listed where it belongs."""
+        other = world.machine.spawn("other")
+        other.mm.userfaultfds.append(fd)
+        assert ["userfaultfds"] == [*named(world.machine)]
+        other.mm.userfaultfds.remove(fd)
+
+    @pytest.mark.parametrize("queue", ["fault_pending", "faults"])
+    def test_somebody_who_does_not_wait(self, world, fd, queue):
+        """Between two calls nobody waits."""
+        getattr(fd, queue).append(UserfaultfdWaiter(UffdMsg(UffdEvent.PAGEFAULT, world.addr)))
+        assert ["userfaultfds"] == [*named(world.machine)]
+        getattr(fd, queue).clear()
+
+    def test_events(self, world, fd):
+        """Each is told, and counted until it is read."""
+        world.process.mm.uffd_events.append((fd, UffdMsg(UffdEvent.UNMAP)))
+        assert ["uffd_events"] == [*named(world.machine)]
+        world.process.mm.uffd_events.clear()
+
+        fd.mmap_changing += 1
+        assert ["mmap_changing"] == [*named(world.machine)]
+        fd.mmap_changing -= 1
+
+    @pytest.mark.parametrize("at", [0, 2])
+    def test_writable_and_protected(self, world, fd, at):
+        """Where stores are asked for, none goes through unasked."""
+        bit = _PAGE_UFFD_WP if at == 0 else SWP_UFFD_WP
+        world.rewrite([at], lambda ptes: ptes | bit)
+        assert {"page table"} == set(named(world.machine))
+        world.rewrite([at], lambda ptes: ptes & ~bit)
+
+    @pytest.mark.parametrize("marker", [False, True])
+    def test_protected_where_nobody_asked(self, world, marker):
+        """An address space that never had it has no such entries."""
+        pool = world.machine.mem.tables
+        at = pte_offset(pool, world.process.mm.pgd, world.addrs[3:] if marker else world.addrs[:1])
+        before = pool.entries[at]
+        pool.entries[at] = make_pte_marker(1) if marker else pte_mkuffd_wp(before)
+        assert ["page table"] == [*named(world.machine)]
+        pool.entries[at] = before
 
 
 class TestHealthy:

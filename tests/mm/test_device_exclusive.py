@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mm import SegmentationFault
-from mm.device_exclusive import make_device_exclusive
+from mm.device_exclusive import make_device_exclusive, restore_exclusive_pages
 from mm.errors import Deadlock
 from mm.filemap import page_locked, trylock_page, unlock_page
 from mm.gup import make_device_exclusive_range
@@ -405,3 +405,66 @@ class TestRaces:
         assert pte_present(world.ptes()).all()
         assert np.unique(world.pfns()).size == 1_100
         assert world.intact()
+
+
+class TestTakenBackForOthers:
+    """restore_exclusive_pages(): somebody must have the pages, and no CPU touches them."""
+
+    def test_entries_and_counts(self):
+        """All is as before; a page that no device has is not touched."""
+        world = mapped_range(pages=4)
+        pfns = world.pfns()
+        before = counts(world, pfns)
+        world.make_exclusive(0, 1, 3)
+
+        assert 0 == faults_of(world, lambda: restore_exclusive_pages(world.machine.mem, pfns))
+
+        assert (pfns.tolist(), before) == (world.pfns().tolist(), counts(world, pfns))
+        assert (pte_present(world.ptes()) & pte_write(world.ptes())).all()
+        assert world.intact()
+
+    def test_who_hears(self):
+        """Each stretch is told once."""
+        world = mapped_range(pages=4)
+        world.make_exclusive(0, 1, 3)
+        listener = Listener(world)
+        restore_exclusive_pages(world.machine.mem, world.pfns())
+
+        stretches = [(world.at(0), world.at(2)), (world.at(3), world.at(4))]
+        assert [(EXCLUSIVE, *stretch, None) for stretch in stretches] == listener.heard
+
+    def test_locked_page(self):
+        """What somebody has locked stays as it is."""
+        world = mapped_range(pages=2)
+        world.make_exclusive(0, 1)
+        world.lock(1)
+        restore_exclusive_pages(world.machine.mem, world.pfns())
+
+        assert [False, True] == exclusive(world)
+        world.unlock(1)
+
+    def test_other_addresses(self):
+        """The rmap finds entries that have moved, of each process."""
+        world = mapped_range(pages=2)
+        other = world.seen_by(world.process.fork())
+        other.fill()
+        world.fill()
+        for one in (world, other):
+            one.make_exclusive(0, 1)
+        target = world.addr + (1 << 24)
+        world.addr = world.process.mremap(world.addr, 8192, 8192, "maymove|fixed", target)
+        pfns = np.concatenate((world.pfns(), other.pfns()))
+        restore_exclusive_pages(world.machine.mem, pfns)
+
+        assert [False] * 4 == exclusive(world) + exclusive(other)
+        assert world.intact()
+        assert other.intact()
+
+    def test_free_pages(self):
+        """A page of nobody is passed over."""
+        world = mapped_range(pages=1)
+        zone = world.gpu.zone
+        restore_exclusive_pages(world.machine.mem, np.arange(zone.start_pfn, zone.start_pfn + 3))
+        restore_exclusive_pages(world.machine.mem, np.array([world.machine.mem.max_pfn - 1]))
+
+        world.machine.verify()

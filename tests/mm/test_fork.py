@@ -276,7 +276,7 @@ class TestShortOfMemory:
         world.pins.append(world.process.pin(world.at(1100 - pinned), pinned * PAGE_SIZE))
         world.isolated.extend(hog(world.machine.mem))
 
-        with pytest.raises(OutOfMemory, match="pinned, and the machine has room for 0"):
+        with pytest.raises(OutOfMemory, match="pinned, and 0 frames are free"):
             world.process.fork()
 
         put_page(world.machine.mem, np.array(world.isolated))

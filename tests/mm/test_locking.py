@@ -241,7 +241,13 @@ class TestLocks:
 
     def test_nothing_to_wait_for(self):
         """What holds already is not waited for."""
-        Locks().wait_until(lambda: True, "nothing")
+        assert Locks().wait_until(lambda: True, "nothing")
+
+    def test_wait_with_a_limit(self):
+        """Who waits for so long only hears how it stands at last, and waits no more."""
+        locks = Locks()
+        assert not locks.wait_until(lambda: False, "nothing", 0.01)
+        assert 0 == locks.waiting
 
 
 class TestWaitEventTimeout:

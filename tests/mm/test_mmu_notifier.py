@@ -3,9 +3,10 @@
 import errno
 import threading
 
+import numpy as np
 import pytest
 
-from mm.errors import Deadlock, DriverBug, InvalidArgument, Overflow, WouldBlock
+from mm.errors import Deadlock, DriverBug, InvalidArgument, KernelBug, Overflow, WouldBlock
 from mm.mmap import exit_mmap
 from mm.mmu_notifier import (
     ULONG_MAX,
@@ -20,8 +21,11 @@ from mm.mmu_notifier import (
     mmu_notifier_range,
     mmu_notifier_register,
     mmu_notifier_unregister,
+    mmu_notifier_unregister_no_release,
 )
-from mm.pgtable import pte_none
+from mm.pgtable import pte_none, pte_pfn
+from mm.rmap import page_referenced
+from mm.swap import lru_add_drain_all
 from mm.typing import PAGE_SIZE
 from tests.interleave import explore, run_interleaved
 from tests.world import mapped_range
@@ -106,7 +110,7 @@ class TestRange:
         assert [world.gpu] == owners
 
     def test_listener_that_left(self):
-        """It hears nothing more; who left while a range was open hears its end."""
+        """It is released, and hears nothing more but the end of what it heard the start of."""
         world = mapped_range(pages=1)
         mm, listener = world.process.mm, listening(world)
 
@@ -115,7 +119,8 @@ class TestRange:
         with mmu_notifier_range(mm, 0, 9, CLEAR):
             pass
 
-        assert around(CLEAR, 0, 9) == listener.heard
+        start, end = around(CLEAR, 0, 9)
+        assert [start, ("release",), end] == listener.heard
 
     def test_other_process(self):
         """A listener hears of its own address space only."""
@@ -490,3 +495,216 @@ class TestSchedules:
             )
             assert seq <= mm.invalidate_seq
         assert not mmu_interval_read_retry(notifier, mmu_interval_read_begin(notifier))
+
+
+class Extra(Listener):
+    """Has all that a listener may have; *used*: the addresses that its device has used."""
+
+    def __init__(self, *used):
+        super().__init__()
+        self.used = set(used)
+
+    def invalidate_range(self, mm, start, end):
+        self.note("flush", start, end)
+
+    def change_pte(self, mm, addrs, ptes):
+        self.note("change", addrs.tolist(), pte_pfn(ptes).tolist())
+
+    def clear_flush_young(self, mm, addrs):
+        young = np.isin(addrs, list(self.used))
+        self.used -= set(addrs.tolist())
+        return young
+
+
+class TestNesting:
+    def test_end_without_start(self, mm):
+        """Nobody can end what he never started, or has ended."""
+        with pytest.raises(KernelBug, match="never started"):
+            mmu_notifier_range(mm, 0, 9, CLEAR).__exit__()
+        done = mmu_notifier_range(mm, 0, 9, CLEAR)
+        with done:
+            pass
+        with pytest.raises(KernelBug, match="ended before"):
+            done.__exit__()
+
+    def test_ends_that_cross(self, mm):
+        """Ranges of one thread end in the reverse of the order in which they started."""
+        outer, inner = (mmu_notifier_range(mm, start, 9, CLEAR) for start in (0, 5))
+        outer.__enter__()
+        inner.__enter__()
+        with pytest.raises(KernelBug, match=r"\[0x0, 0x9\) of train ends before \[0x5, 0x9\)"):
+            outer.__exit__()
+
+        inner.__exit__()
+        outer.__exit__()
+        assert ([], 0) == (mm.invalidating, mm.invalidate_seq % 2)
+
+    def test_threads_may_cross(self, mm):
+        """Those of several threads end as they like."""
+        first = mmu_notifier_range(mm, 0, 5, CLEAR)
+        first.__enter__()
+        other = threading.Thread(target=lambda: mmu_notifier_range(mm, 4, 9, CLEAR).__enter__())
+        other.start()
+        other.join()
+        first.__exit__()
+
+        (left,) = mm.invalidating
+        assert (4, 9) == (left.start, left.end)
+        mm.invalidating.clear()
+
+
+class TestComingAndGoing:
+    def test_twice(self, mm):
+        """A listener hears of each change once."""
+        listener = Listener()
+        mmu_notifier_register(listener, mm)
+        with pytest.raises(InvalidArgument, match="already"):
+            mmu_notifier_register(listener, mm)
+        mmu_notifier_unregister(listener, mm)
+
+    def test_to_a_process_that_has_exited(self):
+        """Nobody can listen to it."""
+        world = mapped_range(pages=1)
+        world.process.exit()
+        with pytest.raises(InvalidArgument, match="has exited"):
+            mmu_notifier_register(Listener(), world.process.mm)
+
+    def test_released_once(self):
+        """By unregister or by the exit, whichever comes first, though it unregisters in between."""
+        world = mapped_range(pages=1)
+        mm, early, late = world.process.mm, listening(world), listening(world)
+        leaves = listening(world)
+        leaves.release = lambda mm: (leaves.note("release"), mmu_notifier_unregister(leaves, mm))
+        mmu_notifier_unregister(early, mm)
+        mmu_notifier_unregister(early, mm)
+
+        world.process.exit()
+        mmu_notifier_unregister(late, mm)
+
+        assert [[("release",)]] * 3 == [each.heard for each in (early, late, leaves)]
+
+    def test_no_release(self, mm):
+        """Who gives his table up himself need not be told."""
+        listener = Listener()
+        mmu_notifier_register(listener, mm)
+        mmu_notifier_unregister_no_release(listener, mm)
+
+        assert ([], []) == (listener.heard, mm.notifiers)
+
+    def test_register_in_a_callback(self, mm):
+        """It hears of the next change, not the end of this one."""
+        first, second = Listener(), Listener()
+        first.invalidate_range_start = lambda invalid: (
+            mmu_notifier_register(second, mm) if not second.heard else None
+        )
+        mmu_notifier_register(first, mm)
+        change(mm, 0, 9)
+        first.invalidate_range_start = lambda invalid: None
+
+        change(mm, 10, 19)
+
+        assert around(CLEAR, 10, 19) == second.heard
+        for listener in (first, second):
+            mmu_notifier_unregister(listener, mm)
+
+    def test_unregister_others_in_a_callback(self, mm):
+        """Those who are taken away hear the end of what has started for them."""
+        first, second = Listener(), Listener()
+        for listener in (first, second):
+            mmu_notifier_register(listener, mm)
+        first.invalidate_range_start = lambda invalid: mmu_notifier_unregister(second, mm)
+        change(mm, 0, 9)
+
+        start, end = around(CLEAR, 0, 9)
+        assert [("release",), start, end] == second.heard
+        mmu_notifier_unregister(first, mm)
+
+    def test_one_that_would_block(self, mm):
+        """EAGAIN, as the oom reaper gets it; those who were told first hear the end."""
+        first, second = Listener(), Listener()
+
+        def would_block(invalid):
+            assert not invalid.blockable
+            raise WouldBlock("its lock is taken")
+
+        second.invalidate_range_start = would_block
+        for listener in (first, second):
+            mmu_notifier_register(listener, mm)
+        with pytest.raises(WouldBlock):
+            change(mm, 0, 9, UNMAP, blockable=False)
+
+        assert (around(UNMAP, 0, 9), []) == (first.heard, second.heard)
+        for listener in (first, second):
+            mmu_notifier_unregister(listener, mm)
+
+
+class TestExtras:
+    @pytest.fixture
+    def world(self):
+        """A process with three pages, and room to reclaim them."""
+        world = mapped_range(pages=3, swap="1MiB")
+        world.clear_refs(0, 1, 2)
+        return world
+
+    def listen(self, world, *pages):
+        extra = Extra(*(world.at(page) for page in pages))
+        mmu_notifier_register(extra, world.process.mm)
+        return extra
+
+    def test_nobody_has_them(self, world):
+        """An address space asks only where somebody listens who has what is asked."""
+        mm = world.process.mm
+        extra = self.listen(world)
+        assert {"invalidate_range", "change_pte", "clear_flush_young"} == mm.notifier_extras.keys()
+        mmu_notifier_unregister(extra, mm)
+
+        listening(world)
+        assert {} == mm.notifier_extras
+
+    def test_flush_comes_before_the_end(self, world):
+        """Whoever shares the CPU's page table hears of changed entries before the pages may go."""
+        extra = self.listen(world)
+
+        world.process.munmap(world.at(1), PAGE_SIZE)
+
+        start, end = around(UNMAP, world.at(1), world.at(2))
+        assert [start, ("flush", world.at(1), world.at(2)), end] == extra.heard
+
+    def test_copy_on_write(self, world):
+        """It hears of the flush once, and then what the entry becomes."""
+        world.process.fork()
+        extra = self.listen(world)
+
+        world.process.write(world.at(1), b"x")
+
+        start, end = around(CLEAR, world.at(1), world.at(2))
+        flush = ("flush", world.at(1), world.at(2))
+        become = ("change", [world.at(1)], [world.pfns().item(1)])
+        assert [start, flush, become, end] == extra.heard
+
+    def test_zero_pages_that_a_device_replaces(self):
+        """Those are changed entries; holes are not, and a flush is for each stretch."""
+        world = mapped_range(pages=5, filled=False)
+        for page in (0, 1, 3):
+            world.process.read(world.at(page), 1)
+        extra = self.listen(world)
+
+        world.gpu.to_device(world.process, world.addr, world.nbytes)
+
+        flushes = [about for about in extra.heard if about[0] == "flush"]
+        stretches = [("flush", world.at(0), world.at(2)), ("flush", world.at(3), world.at(4))]
+        assert [("flush", world.at(0), world.at(5)), *stretches] == flushes
+        ((_, changed, _),) = [about for about in extra.heard if about[0] == "change"]
+        assert [world.at(page) for page in (0, 1, 3)] == changed
+
+    def test_page_that_a_device_uses(self, world):
+        """Reclaim takes a page for used that only a device uses, and asks once for each use."""
+        extra, mem = self.listen(world, 1), world.machine.mem
+        lru_add_drain_all(mem)
+        pfns = world.pfns()
+
+        first, second = (page_referenced(mem, pfns).tolist() for _ in range(2))
+
+        assert [False, True, False] == first
+        assert [False] * 3 == second
+        assert [] == extra.heard

@@ -19,6 +19,7 @@ from mm.pgtable import (
     pte_alloc,
     pte_alloc_each,
     pte_dirty,
+    pte_mkuffd_wp,
     pte_modify,
     pte_none,
     pte_offset,
@@ -27,6 +28,7 @@ from mm.pgtable import (
     pte_soft_dirty,
     pte_special,
     pte_tables,
+    pte_uffd_wp,
     pte_write,
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, pages
@@ -79,6 +81,7 @@ class TestEntries:
             (pte_write, bit(1)),
             (pte_dirty, bit(6)),
             (pte_special, bit(9)),
+            (pte_uffd_wp, bit(10)),
             (pte_soft_dirty, bit(11)),
         ],
     )
@@ -110,12 +113,17 @@ class TestEntries:
 
     @given(words=words, prot=st.integers(0, 2**64 - 1))
     def test_modify(self, words, prot):
-        """Frame, accessed, dirty, special, soft-dirty and device bit stay; the rest is the new."""
-        kept = sum(1 << n for n in (5, 6, 9, 11, 58, *range(12, 52)))
+        """Frame, accessed, dirty, special, device and watchers' bits stay; the rest is the new."""
+        kept = sum(1 << n for n in (5, 6, 9, 10, 11, 58, *range(12, 52)))
 
         ptes = pte_modify(entries(words), np.uint64(prot))
 
         assert [word & kept | prot for word in words] == ptes.tolist()
+
+    @given(words=words)
+    def test_uffd_wp(self, words):
+        """What userfaultfd protects is bit 10, and no CPU may store."""
+        assert [(word | 1 << 10) & ~2 for word in words] == pte_mkuffd_wp(entries(words)).tolist()
 
 
 class TestTablePool:

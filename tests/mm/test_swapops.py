@@ -18,11 +18,15 @@ from mm.swapops import (
     SWP_HWPOISON,
     SWP_MIGRATION_READ,
     SWP_MIGRATION_WRITE,
+    SWP_PTE_MARKER,
     SWP_SOFT_DIRTY,
+    SWP_UFFD_WP,
     is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
     is_migration_entry,
+    is_pfn_swap_entry,
+    is_pte_marker,
     is_swap_entry,
     is_swap_pte,
     is_write_device_exclusive_entry,
@@ -31,11 +35,14 @@ from mm.swapops import (
     make_device_private_entry,
     make_hwpoison_entry,
     make_migration_entry,
+    make_pte_marker,
     make_readable,
     make_swap_entry,
     non_swap_entry,
+    pte_none_mostly,
     pte_swp_exclusive,
     pte_swp_soft_dirty,
+    pte_swp_uffd_wp,
     swp_entry,
     swp_offset,
     swp_type,
@@ -73,20 +80,25 @@ class TestSwpEntry:
 
         assert expected == is_swap_pte(swp_entry(kind, vector(offsets))).tolist()
 
+    @pytest.mark.parametrize(
+        ("bit", "is_set"),
+        [(SWP_SOFT_DIRTY, pte_swp_soft_dirty), (SWP_UFFD_WP, pte_swp_uffd_wp)],
+        ids=["soft_dirty", "uffd_wp"],
+    )
     @given(offsets=offset_lists)
-    def test_soft_dirty(self, offsets):
-        """The soft-dirty bit is beside the entry: it changes neither type nor offset."""
+    def test_bits_beside_the_entry(self, bit, is_set, offsets):
+        """Soft-dirty and uffd-wp bit are beside the entry: they change neither type nor offset."""
         for kind in KINDS:
-            ptes = swp_entry(kind, vector(offsets)) | SWP_SOFT_DIRTY
+            ptes = swp_entry(kind, vector(offsets)) | bit
 
-            assert pte_swp_soft_dirty(ptes).all()
+            assert is_set(ptes).all()
             assert offsets == swp_offset(ptes).tolist()
-            assert not pte_swp_soft_dirty(ptes ^ SWP_SOFT_DIRTY).any()
+            assert not is_set(ptes ^ bit).any()
 
 
 class TestKinds:
     def test_types_as_in_linux(self):
-        """v4.20's five types come last, and those of device-exclusive pages before them."""
+        """v4.20's five types come last; those of later kernels, a marker among them, before."""
         types = (
             SWP_HWPOISON,
             SWP_MIGRATION_READ,
@@ -96,8 +108,9 @@ class TestKinds:
         )
 
         assert (27, 28, 29, 30, 31) == types
-        assert (25, 25, 26) == (
+        assert (24, 24, 25, 26) == (
             MAX_SWAPFILES,
+            SWP_PTE_MARKER,
             SWP_DEVICE_EXCLUSIVE_WRITE,
             SWP_DEVICE_EXCLUSIVE_READ,
         )
@@ -106,7 +119,10 @@ class TestKinds:
         ("predicate", "kinds"),
         [
             (is_swap_entry, set(range(MAX_SWAPFILES))),
-            (non_swap_entry, {25, 26, 27, 28, 29, 30, 31}),
+            (non_swap_entry, {24, 25, 26, 27, 28, 29, 30, 31}),
+            (is_pfn_swap_entry, {25, 26, 27, 28, 29, 30, 31}),
+            (is_pte_marker, {SWP_PTE_MARKER}),
+            (pte_none_mostly, {SWP_PTE_MARKER}),
             (is_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ}),
             (is_write_device_exclusive_entry, {SWP_DEVICE_EXCLUSIVE_WRITE}),
             (is_hwpoison_entry, {SWP_HWPOISON}),
@@ -118,11 +134,12 @@ class TestKinds:
     )
     @given(offset=st.integers(0, OFFSETS - 2))
     def test_predicates(self, predicate, kinds, offset):
-        """Each predicate knows its types, whatever the offset and the soft-dirty bit."""
+        """Each predicate knows its types, whatever the offset and the bits beside it."""
         every_kind = np.concatenate([swp_entry(kind, vector([offset])) for kind in KINDS])
 
         assert kinds == set(np.flatnonzero(predicate(every_kind)).tolist())
-        assert kinds == set(np.flatnonzero(predicate(every_kind | SWP_SOFT_DIRTY)).tolist())
+        for bit in (SWP_SOFT_DIRTY, SWP_UFFD_WP):
+            assert kinds == set(np.flatnonzero(predicate(every_kind | bit)).tolist())
 
     @given(
         pfns=st.lists(st.integers(0, 2**40 - 1), max_size=20),
@@ -143,6 +160,16 @@ class TestKinds:
 
         assert not is_swap_pte(empty)[0]
         assert not non_swap_entry(empty)[0]
+        assert not is_pte_marker(empty)[0]
+        assert pte_none_mostly(empty)[0]
+
+    def test_marker(self):
+        """A marker says one thing, and stands for no page."""
+        markers = make_pte_marker(2)
+
+        assert [picture(SWP_PTE_MARKER, 1)] * 2 == markers.tolist()
+        assert not is_pfn_swap_entry(markers).any()
+        assert not is_swap_entry(markers).any()
 
 
 class TestMake:

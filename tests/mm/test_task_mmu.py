@@ -5,7 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm import PAGE_SIZE, InvalidArgument, InvalidRange
-from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_register, mmu_notifier_unregister
+from mm.mmu_notifier import (
+    MmuNotifyEvent,
+    mmu_notifier_register,
+    mmu_notifier_unregister_no_release,
+)
 from mm.page_flags import PG_dirty, PG_referenced, PG_swapbacked
 from mm.pgtable import pte_present, pte_soft_dirty, pte_write
 from mm.swapops import SWP_DEVICE_READ, SWP_DEVICE_WRITE, is_write_device_private_entry
@@ -321,7 +325,7 @@ class TestSoftDirty:
         listener = Listener()
         mmu_notifier_register(listener, world.process.mm)
         world.process.clear_refs(4)
-        mmu_notifier_unregister(listener, world.process.mm)
+        mmu_notifier_unregister_no_release(listener, world.process.mm)
 
         assert [MmuNotifyEvent.SOFT_DIRTY] * 2 == [invalid.event for invalid in heard]
         assert heard[0].start <= world.addr

@@ -25,6 +25,7 @@ from mm.vmscan import (
     shrink_active_list,
     shrink_inactive_list,
     shrink_page_list,
+    try_to_free_mem_cgroup_pages,
     try_to_free_pages,
 )
 from tests.world import mapped_range
@@ -533,3 +534,55 @@ class TestPressure:
         assert try_to_free_pages(world.machine.mem, [0], 64) > 32
 
         assert "P" == letters(world)[0]
+
+
+class TestControlGroups:
+    @pytest.fixture
+    def world(self):
+        """Pages 0 to 15 of the root, and as many of a child's own in a group."""
+        world = mapped_range(pages=16, swap=SWAP)
+        child = world.process.fork()
+        group = world.machine.cgroup("/a/b")
+        group.move_charge_at_immigrate = False  # what it shares with its parent is the parent's
+        child.move_to(group)
+        self.child = world.seen_by(child)
+        self.child.fill()
+        lru_add_drain_all(world.machine.mem)
+        return world
+
+    @pytest.mark.parametrize("path", ["/a", "/a/b"])
+    def test_pages_of_the_group_alone(self, world, path):
+        """Pages of the group, and of those in it, make room; the others keep theirs."""
+        mem = world.machine.mem
+        with mem.vmstat.counting("pgscan_direct", "pgsteal_direct") as delta:
+            assert 16 == try_to_free_mem_cgroup_pages(mem, world.machine.cgroup(path), 16)
+
+        assert "P" * 16 == letters(world)
+        assert 16 == np.count_nonzero(self.child.slots())
+        assert {"pgscan_direct": 0, "pgsteal_direct": 0} == delta  # as in v4.20
+        assert self.child.intact()
+
+    def test_the_order_of_the_others(self, world):
+        """What is left on a list is as old as it was."""
+        mem = world.machine.mem
+        lru = mem.nodes[0].lruvec[Lru.ACTIVE_ANON]
+        before = lru_pages(mem, lru)
+        others = before[mem.memcg[before] == 0].tolist()
+
+        try_to_free_mem_cgroup_pages(mem, world.machine.cgroup("/a"), 16)
+
+        assert others == lru_pages(mem, lru).tolist()
+
+    def test_an_empty_group(self, world):
+        """Who has nothing gives nothing."""
+        group = world.machine.cgroup("/c")
+
+        assert 0 == try_to_free_mem_cgroup_pages(world.machine.mem, group, 16)
+
+    def test_no_slots_for_the_group(self, world):
+        """A group that may have no slot keeps its pages."""
+        group = world.machine.cgroup("/a")
+        group.swap_limit = 0
+
+        assert 0 == try_to_free_mem_cgroup_pages(world.machine.mem, group, 16)
+        assert "P" * 16 == letters(self.child)

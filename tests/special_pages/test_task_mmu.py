@@ -42,3 +42,23 @@ class TestTaskMmu:
 
         assert frames(world).tolist() == [word & (1 << 55) - 1 for word in words]
         assert [2] * 3 == [word >> 62 for word in words]
+
+
+class TestNumaMaps:
+    """fs/proc/task_mmu.c, can_gather_numa_stats()."""
+
+    @pytest.mark.parametrize("where", PLACES)
+    def test_pages(self, where):
+        """vm_normal_page() without public pages: only what is in memory of the system counts."""
+        with in_place(where) as world:
+            (md,) = world.process.numa_maps()
+            expected = 3 if where == "system" else 0
+
+            assert (expected, expected) == (md.pages, md.nodes.get(0, 0))
+
+    def test_mixture(self):
+        """A mapping that is partly on a device shows the rest."""
+        world = away(4, "public")
+        world.gpu.to_system(world.process, world.at(1), 2 * PAGE_SIZE)
+
+        assert {0: 2} == world.process.numa_maps()[0].nodes

@@ -1,0 +1,289 @@
+"""The scenarios of Linux's tools/testing/selftests/mm/hmm-tests.c that fork, share or tear down.
+
+Each runs on a private device and on a public one, as those in test_dmirror.py.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+
+from hmm.dmirror import PROT_DEV_COHERENT_LOCAL, PROT_DEV_PRIVATE_LOCAL, PROT_WRITE, Dmirror
+from mm.errors import (
+    Busy,
+    InvalidArgument,
+    MmError,
+    NoEntry,
+    PermissionDenied,
+    SegmentationFault,
+    WouldBlock,
+)
+from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
+from mm.sched import running
+from mm.typing import PAGE_SIZE
+from tests.hmm.hmm_tests import NPAGES, NTIMES, contents, hmm_tests, same
+
+FEW = 4
+
+
+@pytest.fixture(params=[False, True], ids=["private", "public"])
+def hmm(request):
+    """One kind of device after the other."""
+    with hmm_tests(public=request.param) as fixture:
+        yield fixture
+
+
+@pytest.fixture
+def fork(hmm):
+    """A function that forks, and opens the first device for the child; both go at the end."""
+    children = []
+
+    def fork():
+        child = hmm.process.fork()
+        mirror = Dmirror(hmm.zero.device, child)
+        children.append((child, mirror))
+        return child, mirror
+
+    yield fork
+    for child, mirror in children:
+        mirror.close()
+        child.exit()
+
+
+def plus_one(data):
+    """Each word counted up."""
+    return (data.view(np.uint64) + 1).view(np.uint8)
+
+
+class TestWriteChild:
+    @pytest.mark.parametrize("migrate", [False, True], ids=["system", "device"])
+    def test_anon_write_child(self, hmm, fork, migrate):
+        """The child sees the parent's data, and what its device writes the parent does not."""
+        addr = hmm.filled()
+        if migrate:
+            hmm.zero.migrate_to_device(addr, NPAGES)
+        child, mirror = fork()
+        assert same(contents(NPAGES), hmm.read(addr, process=child))
+
+        with running(child):
+            answer = mirror.write(addr, NPAGES, contents(NPAGES, first=7))
+
+        assert (NPAGES, 1) == (answer.cpages, answer.faults)
+        assert same(contents(NPAGES, first=7), hmm.read(addr, process=child))
+        assert same(contents(NPAGES), hmm.read(addr))
+
+    def test_anon_write_child_unread(self, hmm, fork):
+        """Where nobody has touched them since: EFAULT, as recorded, for private pages that are
+        shared in the device's memory; public ones are copied as those of the system."""
+        addr = hmm.filled(FEW)
+        hmm.zero.migrate_to_device(addr, FEW)
+        child, mirror = fork()
+
+        with running(child):
+            if hmm.public:
+                mirror.write(addr, FEW, contents(FEW, first=7))
+            else:
+                with pytest.raises(SegmentationFault):
+                    mirror.write(addr, FEW, contents(FEW, first=7))
+
+        assert same(contents(FEW), hmm.read(addr, FEW))
+        assert same(contents(FEW, first=7 * hmm.public), hmm.read(addr, FEW, child))
+
+    def test_anon_write_child_shared(self, hmm, fork):
+        """What the child's device writes to shared memory the parent sees."""
+        addr = hmm.filled(flags="anon|shared")
+        child, mirror = fork()
+
+        with running(child):
+            answer = mirror.write(addr, NPAGES, contents(NPAGES, first=7))
+
+        assert 1 == answer.faults
+        assert same(contents(NPAGES, first=7), hmm.read(addr))
+
+    def test_device_of_the_parent(self, hmm, fork):
+        """The parent's open file works on the parent's memory, whoever uses it."""
+        addr = hmm.filled(FEW)
+        child, _ = fork()
+
+        with running(child):
+            hmm.zero.write(addr, FEW, contents(FEW, first=7))
+
+        assert same(contents(FEW, first=7), hmm.read(addr, FEW))
+        assert same(contents(FEW), hmm.read(addr, FEW, child))
+
+
+class TestShared:
+    def test_migrate_shared(self, hmm):
+        """Shared memory does not migrate."""
+        addr = hmm.filled(flags="anon|shared")
+
+        with pytest.raises(NoEntry):
+            hmm.zero.migrate_to_device(addr, NPAGES)
+
+        assert same(contents(NPAGES), hmm.read(addr))
+
+    def test_file_read_and_write(self, hmm):
+        """A device reads a file through a shared mapping, and what it writes is in the file."""
+        file = hmm.machine.memfd_create("data")
+        file.write(0, contents(FEW).tobytes())
+        addr = hmm.process.mmap(FEW * PAGE_SIZE, file=file)
+
+        assert same(contents(FEW), hmm.zero.read(addr, FEW).data)
+        hmm.zero.write(addr, FEW, contents(FEW, first=7))
+
+        assert contents(FEW, first=7).tobytes() == file.read(0, FEW * PAGE_SIZE)
+        hmm.process.munmap(addr, FEW * PAGE_SIZE)
+        file.close()
+
+
+class TestCow:
+    def test_hmm_cow_in_device(self, hmm, fork):
+        """A parent that stores to what it shares with a child has system memory then."""
+        addr = hmm.filled(FEW)
+        hmm.zero.migrate_to_device(addr, FEW)
+        child, mirror = fork()
+        here = PROT_DEV_COHERENT_LOCAL if hmm.public else PROT_DEV_PRIVATE_LOCAL
+        assert {here | 1} == set(hmm.zero.snapshot(addr, FEW).perm.tolist())
+
+        hmm.process.write(addr, contents(FEW, first=7))
+
+        assert [PROT_WRITE] * FEW == hmm.zero.snapshot(addr, FEW).perm.tolist()
+        assert same(contents(FEW), hmm.read(addr, FEW, child))
+        assert same(contents(FEW), mirror.read(addr, FEW).data)
+
+    def test_exclusive_cow(self, hmm, fork):
+        """A fork ends what a device has for itself; each counts up its own copy."""
+        addr = hmm.filled()
+        hmm.zero.exclusive(addr, NPAGES)
+        child, _ = fork()
+        hmm.zero.check_exclusive(addr, NPAGES)
+
+        for process in (child, hmm.process):
+            process.write(addr, plus_one(hmm.read(addr, process=process)))
+
+        for process in (child, hmm.process):
+            assert same(contents(NPAGES, first=1), hmm.read(addr, process=process))
+
+    def test_exclusive_of_both(self, hmm, fork):
+        """Parent and child have copies of their own for their devices."""
+        addr = hmm.filled(FEW)
+        child, mirror = fork()
+        hmm.zero.exclusive(addr, FEW)
+        with running(child):
+            mirror.exclusive(addr, FEW)
+            mirror.write(addr, FEW, contents(FEW, first=7))
+
+        with pytest.raises(PermissionDenied):
+            hmm.zero.check_exclusive(addr, FEW)
+        assert same(contents(FEW), hmm.read(addr, FEW))
+        assert same(contents(FEW, first=7), hmm.read(addr, FEW, child))
+
+
+class TestTeardown:
+    @pytest.mark.parametrize("way", ["read", "write", "migrate_to_device", "exclusive", "snapshot"])
+    def test_anon_teardown(self, hmm, way):
+        """Half of the buffer goes while the device works: it gets everything, or an error."""
+        for _ in range(NTIMES):
+            addr = hmm.filled(256)
+            half = 128 * PAGE_SIZE
+            thread = threading.Thread(target=hmm.process.munmap, args=(addr + half, half))
+            thread.start()
+            try:
+                more = (contents(256, first=7),) if way == "write" else ()
+                answer = getattr(hmm.zero, way)(addr, 256, *more)
+                assert 256 == answer.cpages
+            except MmError as error:
+                expected = (SegmentationFault, InvalidArgument, NoEntry, Busy)
+                assert isinstance(error, expected)  # noqa: PT017
+            thread.join()
+            if way != "write":
+                assert same(contents(128), hmm.read(addr, 128))
+            hmm.process.munmap(addr, half)
+
+    @pytest.mark.parametrize("way", ["read", "write", "migrate_to_device"])
+    def test_child_exits(self, hmm, way):
+        """A child that exits while its device works loses nobody's pages."""
+        addr = hmm.filled(256)
+        for _ in range(NTIMES):
+            child = hmm.process.fork()
+            mirror = Dmirror(hmm.zero.device, child)
+            thread = threading.Thread(target=child.exit)
+            thread.start()
+            try:
+                more = (contents(256, first=7),) if way == "write" else ()
+                getattr(mirror, way)(addr, 256, *more)
+            except MmError as error:
+                expected = (SegmentationFault, InvalidArgument, NoEntry, Busy)
+                assert isinstance(error, expected)  # noqa: PT017
+            thread.join()
+            mirror.close()
+            assert same(contents(256), hmm.read(addr, 256))
+            hmm.machine.verify()
+
+    def test_file_closes_at_the_exit_of_a_child(self, hmm):
+        """As recorded, a child's file that closes evicts the device's pages of all processes."""
+        addr = hmm.filled(FEW)
+        hmm.zero.migrate_to_device(addr, FEW)
+        child = hmm.process.fork()
+        mirror = Dmirror(hmm.zero.device, child)
+
+        child.exit()
+        mirror.close()
+
+        reads = lambda: hmm.process.touch(addr, FEW * PAGE_SIZE, write=False)  # noqa: E731
+        assert 0 == hmm.faults(reads)
+        assert same(contents(FEW), hmm.read(addr, FEW))
+
+
+class TestNonblockable:
+    def test_busy_mirror(self, hmm):
+        """An invalidation that may not wait is refused while the driver is at its table."""
+        addr = hmm.filled(FEW)
+        hmm.zero.read(addr, FEW)
+        reap = mmu_notifier_range(
+            hmm.process.mm, addr, addr + PAGE_SIZE, MmuNotifyEvent.UNMAP, blockable=False
+        )
+
+        with hmm.zero.mutex, pytest.raises(WouldBlock), reap:
+            pytest.fail("the mirror did not refuse")
+        assert 0 == hmm.zero.read(addr, FEW).faults
+
+        with reap:
+            pass
+        assert 1 == hmm.zero.read(addr, FEW).faults
+
+
+class TestRemap:
+    @pytest.mark.parametrize("flags", ["maymove|fixed", "maymove|fixed|dontunmap"])
+    @pytest.mark.parametrize("when", ["before the fork", "after the fork"])
+    def test_migrate_remap_fault(self, hmm, fork, flags, when):
+        """Memory on the device moves to another address in one process, and stays in the other."""
+        addr, size = hmm.filled(FEW), FEW * PAGE_SIZE
+        target = hmm.buffer(FEW)
+        hmm.zero.migrate_to_device(addr, FEW)
+        if when == "before the fork":
+            hmm.process.mremap(addr, size, size, flags, new_addr=target)
+        child, _ = fork()
+        if when == "after the fork":
+            hmm.process.mremap(addr, size, size, flags, new_addr=target)
+
+        there = target if when == "before the fork" else addr
+        assert same(contents(FEW), hmm.read(there, FEW, child))
+        hmm.process.write(target, contents(FEW, first=7))
+        assert same(contents(FEW), hmm.read(there, FEW, child))
+        assert same(contents(FEW, first=7), hmm.read(target, FEW))
+
+
+class TestDoubleMap:
+    def test_two_processes_and_two_devices(self, hmm, fork):
+        """Both processes read through devices; one takes the pages, and all read on."""
+        addr = hmm.filled(6)
+        child, mirror = fork()
+        for reader in (hmm.zero, hmm.one, mirror):
+            assert same(contents(6), reader.read(addr, 6).data)
+
+        hmm.one.migrate_to_device(addr, 6)
+
+        for reader in (mirror, hmm.zero, hmm.one):
+            assert same(contents(6), reader.read(addr, 6).data)
+        assert same(contents(6), hmm.read(addr, 6, child))
