@@ -354,14 +354,6 @@ class DeviceMemory(ABC):
                 self.ops.copy_in(pages[full], self.mem.payload, rows)
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
 
-    def _clear(self, pages: Indices) -> None:
-        """Fill *pages* with zeros, by copies of the zero page where the driver knows no better."""
-        if self.ops.clear is not None:
-            self.ops.clear(pages)
-        else:
-            assert self.mem.payload is not None
-            self.ops.copy_in(pages, self.mem.payload, np.full(pages.size, self.mem.zero_pfn))
-
     def take(self, mm: MmStruct, dst: MigratePfns, entries: Indices) -> tuple[Indices, Indices]:
         """Name free pages in *dst* for *entries*, or for the first of them, of a range of *mm*.
 
@@ -376,6 +368,14 @@ class DeviceMemory(ABC):
             entries = entries[: pages.size]
             self._hand_over(dst, entries, self.zone.start_pfn + pages)
         return entries, pages
+
+    def _clear(self, pages: Indices) -> None:
+        """Fill *pages* with zeros, by copies of the zero page where the driver knows no better."""
+        if self.ops.clear is not None:
+            self.ops.clear(pages)
+        else:
+            assert self.mem.payload is not None
+            self.ops.copy_in(pages, self.mem.payload, np.full(pages.size, self.mem.zero_pfn))
 
     def _check_allocated(self, pages: Indices, wanted: int) -> None:
         """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
