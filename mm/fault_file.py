@@ -199,9 +199,9 @@ def do_cow_fault(vma: Vma, addrs: Addresses, at: Indices) -> Faults:
         page_add_new_anon_rmap(vma, mine, addrs[found])
         mem.tables.entries[at[found]] = _file_entries(vma, mine, write=True)
         mm.anon_rss += mine.size
+        lru_cache_add_active(mem, mine, cpu)
     _release(vma, pfns[pfns >= 0])
     put_page(mem, new[~found], cpu)
-    lru_cache_add_active(mem, mine, cpu)
     return faults
 
 

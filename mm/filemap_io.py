@@ -147,6 +147,11 @@ def filemap_fault(vma: Vma, addrs: Addresses, pgoffs: Indices, write: bool) -> t
         do_sync_mmap_readahead(vma, pgoffs[inside][missing])
     pfns[inside], faults[inside] = read_cache_pages(mapping, pgoffs[inside])
     faults[inside[missing & (pfns[inside] >= 0)]] = VmFault.MAJOR
+    late = (pgoffs >= i_pages_end(mapping.host)) & (pfns >= 0)  # truncated while we read
+    if some(late):
+        unlock_page(mapping.mem, pfns[late])
+        put_page(mapping.mem, pfns[late])
+        pfns[late], faults[late] = -1, VmFault.SIGBUS
     return pfns, faults
 
 

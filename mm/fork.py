@@ -233,6 +233,6 @@ def _copy_pinned(dst: Vma, addrs: Addresses, at: Indices, ptes: Ptes) -> None:
                 entries = np.where(pte_uffd_wp(ptes), pte_mkuffd_wp(entries), entries)
             mem.tables.entries[at] = entries
             mm.anon_rss += new.size
+            lru_cache_add_active(mem, new, cpu)
     finally:
         put_page(mem, pfns, cpu)
-    lru_cache_add_active(mem, new, cpu)

@@ -252,7 +252,7 @@ def do_anonymous_page(
             entries = pte_mkuffd_wp(entries)
         _map_new_pages(vma, addrs[: pfns.size][empty], here[empty], mine, entries)
         mm.anon_rss += mine.size
-    lru_cache_add_active(mem, mine, cpu)
+        lru_cache_add_active(mem, mine, cpu)  # before anybody can take them away again
     if mine.size < pfns.size:
         put_page(mem, pfns[~empty], cpu)  # another thread was first
     return faults
@@ -386,9 +386,9 @@ def wp_page_copy(
             mm.anon_rss += used.size
             add_mm_counter(vma, replaced, -1)
             page_remove_rmap(vma, replaced)
+            lru_cache_add_active(mem, used, cpu)
         free_pages_and_swap_cache(mem, replaced, cpu)
         put_page(mem, new[near][~same], cpu)
-        lru_cache_add_active(mem, used, cpu)
     mem.vmstat.add("cow_faults", new.size)
     return faults
 

@@ -26,7 +26,7 @@ from mm.sched import current_task
 from mm.swap import get_page, lru_cache_add, put_page
 from mm.types import PAGE_MAPPING_ANON, AddressSpace, MemMap, MmStruct
 from mm.typing import Indices, Mask, Pfns, number, word
-from mm.vectors import distinct, every, has, places, rows, some
+from mm.vectors import distinct, every, has, rows, some
 from mm.workingset import workingset_refault
 from mm.xarray import Entries, xa_is_value, xa_mk_value, xa_to_value
 
@@ -74,24 +74,20 @@ def find_lock_pages(mapping: AddressSpace, indexes: Indices) -> Pfns:
 
     Raises Deadlock where this thread has one. Linux: find_lock_page(), mm/filemap.c.
     """
-    mem, found = mapping.mem, find_get_pages(mapping, indexes)
-    lost = places(found >= 0)
-    while lost.size:
-        pfns = found[lost]
+    mem = mapping.mem
+    while True:
+        found = find_get_pages(mapping, indexes)
+        there = found >= 0
+        pfns = found if every(there) else found[there]
         try:
             lock_page(mem, pfns)
         except BaseException:
             put_page(mem, pfns)
             raise
-        here = pages_at(mapping, pfns, indexes[lost])
-        if every(here):
-            break
-        unlock_page(mem, pfns[~here])  # they went while we slept, and others may have come
-        put_page(mem, pfns[~here])
-        lost = lost[~here]
-        found[lost] = find_get_pages(mapping, indexes[lost])
-        lost = lost[found[lost] >= 0]
-    return found
+        if every(pages_at(mapping, pfns, indexes[there])):
+            return found
+        unlock_page(mem, pfns)  # some went while we slept, and others may have come
+        put_page(mem, pfns)
 
 
 def pages_at(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:

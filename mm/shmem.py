@@ -54,6 +54,7 @@ from mm.swapops import make_swap_entry
 from mm.truncate import (
     EVERYTHING,
     partial_pages,
+    truncate_pages,
     truncate_whole_pages,
     unmap_mapping_range,
     zero_partial_page,
@@ -138,6 +139,10 @@ def shmem_getpage(
         pfns[swapped], faults[swapped] = shmem_swapin(mapping, indexes[swapped], values, mm)
     if holes.size and sgp is not SgpType.READ:
         pfns[holes], faults[holes] = _shmem_alloc(mapping, indexes[holes], mm)
+        if sgp is SgpType.CACHE:
+            late = holes[(indexes[holes] >= i_pages_end(mapping.host)) & (pfns[holes] >= 0)]
+            truncate_pages(mapping, pfns[late])  # by who has been there already
+            pfns[late], faults[late] = -1, VmFault.SIGBUS
     return pfns, faults
 
 

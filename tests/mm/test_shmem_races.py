@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 
-import numpy as np
 import pytest
 
 from mm import PAGE_SIZE, BusError
@@ -64,7 +63,7 @@ class TestFaults:
             other = world.shared()
 
             together(
-                lambda: world.evict(),
+                world.evict,
                 lambda: world.process.write(world.addr, b"new"),
                 lambda: other.process.read(other.addr, 3),
             )
@@ -73,6 +72,7 @@ class TestFaults:
 
         assert 10 < explore(scenario, preemptions=1)
 
+    @pytest.mark.slow
     def test_of_two_on_a_page_in_swap(self):
         """It comes back once."""
 
@@ -98,8 +98,10 @@ class TestFaults:
 
             together(
                 lambda: kernel_migrate_pages(world.process.mm, [0], [1]),
-                lambda: other.process.write(other.addr, b"other"),
-                lambda: world.file.write(PAGE_SIZE - 4, b"file"),
+                lambda: (
+                    other.process.write(other.addr, b"other"),
+                    world.file.write(PAGE_SIZE - 4, b"file"),
+                ),
             )
 
             assert b"other" == world.file.read(0, 5)
@@ -107,6 +109,7 @@ class TestFaults:
 
         assert 10 < explore(scenario, preemptions=1)
 
+    @pytest.mark.slow
     def test_and_a_device(self):
         """A device that wants pages of a file gets none, and disturbs nobody."""
 
@@ -195,12 +198,12 @@ class TestFiles:
 
         def scenario(together):
             world = mapped_range(pages=1)
-            data = bytes(np.arange(9000) % 251)
+            data = bytes(i % 251 for i in range(9000))
             file, disk = disk_file(world.machine, data)
 
             found = together(lambda: file.read(0, 9000), lambda: file.read(4000, 9000))
 
             assert [data, data[4000:]] == found
-            assert [0, 1, 2] == sorted(sum(disk.reads, []))
+            assert [0, 1, 2] == sorted(page for pages in disk.reads for page in pages)
 
         assert 4 < explore(scenario, preemptions=1)

@@ -95,6 +95,35 @@ class TestTruncate:
                 world.process.read(addr, 8)
 
 
+class TestDevicePages:
+    """Private copies in device memory, which a walk without even_cows passes over."""
+
+    def away(self):
+        world = mapped_file(pages=3).private()
+        world.process.write(world.at(1), b"mine")
+        assert 1 == world.gpu.to_device(world.process, world.addr, world.nbytes).migrated
+        return world
+
+    def test_hole(self):
+        """They stay where they are, as does what they hold."""
+        world = self.away()
+
+        world.file.fallocate("punch_hole|keep_size", 0, world.nbytes)
+
+        assert [False, True, False] == world.on_device()
+        assert b"mine" == world.process.read(world.at(1), 4)
+
+    def test_truncation(self):
+        """They are free."""
+        world = self.away()
+        free = world.gpu.chunks.free_pages
+
+        world.file.truncate(PAGE_SIZE)
+
+        assert free + 1 == world.gpu.chunks.free_pages
+        assert 0 == world.process.mm.anon_rss
+
+
 class TestUnmap:
     def test_listeners_hear_it(self):
         """Each mapping that has some of the range; the others are left alone."""
