@@ -176,10 +176,10 @@ def _handle_pte_faults(vma: Vma, addrs: Addresses, *, write: bool, unshare: bool
     faults = np.zeros(addrs.size, dtype=np.uint16)
     away = ~none & ~present
     kept = present & ~pte_write(ptes) if write or unshare else np.zeros_like(none)
+    if some(away):  # first: what comes back from a device can be reclaimed for the others
+        faults[away] = do_swap_page(vma, addrs[away], at[away], ptes[away], write=write)
     if some(none):
         faults[none] = do_pte_missing(vma, addrs[none], at[none], write=write)
-    if some(away):
-        faults[away] = do_swap_page(vma, addrs[away], at[away], ptes[away], write=write)
     if some(kept):
         faults[kept] = do_wp_page(vma, addrs[kept], at[kept], unshare=unshare)
     held = present & ~kept
