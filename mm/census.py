@@ -85,7 +85,7 @@ def take_census(mem: MemMap) -> Census:
         if shmem_mapping(mapping):
             slots = xa_to_value(entries[xa_is_value(entries)])
             np.add.at(swapped, slots[slots < mem.swap.max], one)
-    held[has(mem.flags, PG_private)] += 1
+    held[pages[has(mem.flags[pages], PG_private)]] += 1
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
     return Census(pages, mapped, waiting, taken, locked, held, swapped)

@@ -9,6 +9,7 @@ from mm.mem_cgroup import MemCgroup, mem_cgroup_tree
 from mm.memremap import FREE_REFCOUNT
 from mm.page_flags import PG_hwpoison
 from mm.types import MemMap
+from mm.typing import Pfns
 from mm.vectors import has
 
 
@@ -26,13 +27,13 @@ def check_memcgs(mem: MemMap, census: Census) -> Complaints:
     unknown = (owners != 0) & (~in_use | ~np.isin(owners, list(mem.memcgs)))
     yield from complain("swap_cgroup", slots, unknown, "free, or of no group", "slot")
     for number, memcg in mem.memcgs.items():
-        yield from _check_memcg(mem, number, memcg)
+        yield from _check_memcg(mem, pages, number, memcg)
     for mm in mem.mms:
         if mm.memcg is not None and (not mm.memcg.online or mm.memcg not in mem.memcgs.values()):
             yield f"memcg: {mm.name} is in {mm.memcg}, which was removed"
 
 
-def _check_memcg(mem: MemMap, number: int, memcg: MemCgroup) -> Complaints:
+def _check_memcg(mem: MemMap, pages: Pfns, number: int, memcg: MemCgroup) -> Complaints:
     where = f"of control group {memcg.name}"
     if memcg.number != number:
         yield f"memcgs: number {memcg.number} {where} is not {number}"
@@ -40,7 +41,7 @@ def _check_memcg(mem: MemMap, number: int, memcg: MemCgroup) -> Complaints:
         yield f"memcgs: the parent {where} is gone"
     among = np.append(mem_cgroup_tree(memcg), False)  # the last is for numbers of no group
     for name, counter, column in (
-        ("memory", memcg.memory, mem.memcg),
+        ("memory", memcg.memory, mem.memcg[pages]),
         ("swap", memcg.swap, mem.swap.swap_cgroup),
     ):
         count = int(np.count_nonzero(among[np.minimum(column, among.size - 1)]))
