@@ -152,23 +152,24 @@ def migrate_file_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
     return migrate_page(mapping.mem, new, old)
 
 
-def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
+def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns, status: Errnos) -> None:
     """As migrate_page(), in the way of the file or driver that old[i] is of, where it has its own.
 
+    *status*: -EAGAIN for each at first; what has moved by then if one of them raises.
     Linux: move_to_new_page(), mm/migrate.c.
     """
-    status = np.full(old.size, 1, dtype=np.int32)
+    plain = np.ones(old.size, dtype=np.bool_)
     if mem.mappings:
         movable = page_movable(mem, old)
         if some(movable):
             status[movable] = move_movable_page(mem, new[movable], old[movable])
+            plain = ~movable
         for mapping, mine in by_mapping(mem, old):
             here = np.isin(old, mine)
             migratepage = mapping.a_ops.migratepage or fallback_migrate_page
             status[here] = migratepage(mapping, new[here], old[here])
-    plain = status > 0
+            plain &= ~here
     status[plain] = migrate_page(mem, new[plain], old[plain])
-    return status
 
 
 def buffer_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
@@ -314,7 +315,8 @@ def migrate_pages(
     attempts somebody held it or had it locked, or it was on its way to disk. -EINVAL: its file can
     do nothing about its being dirty. -ENOMEM: frames ran out at this page or before its turn.
     Others: what its driver says. What moved is freed, or *put_old_pages* has it; what stays is on
-    its list, or its driver has it, again. Linux: migrate_pages(), mm/migrate.c.
+    its list, or its driver has it, again. So it is where a driver, or a listener on an address
+    space, raises: then the pages that were under way stay. Linux: migrate_pages(), mm/migrate.c.
     """
     status = np.full(pfns.size, -errno.ENOMEM, dtype=np.int32)
     filed = _of_files(mem, pfns) if mem.mappings else np.zeros(pfns.size, dtype=np.bool_)
@@ -354,7 +356,11 @@ def _migrate_pages_batch(
         if attempt:
             cond_resched()
         wait = attempt >= NR_MAX_MIGRATE_ASYNC_RETRY
-        status[left] = unmap_and_move(mem, pfns[left], get_new_pages, put_old_pages, wait=wait)
+        tried = status[left]
+        try:
+            unmap_and_move(mem, pfns[left], tried, get_new_pages, put_old_pages, wait=wait)
+        finally:
+            status[left] = tried
         if some(status == -errno.ENOMEM):
             return False
     return True
@@ -363,22 +369,23 @@ def _migrate_pages_batch(
 def unmap_and_move(
     mem: MemMap,
     pfns: Pfns,
+    status: Errnos,
     get_new_pages: NewPages,
-    put_old_pages: PutPages = put_page,
+    put_old_pages: PutPages,
     *,
     wait: bool,
-) -> Errnos:
-    """Attempt to move isolated *pfns*, once: 0 where a page has moved and *put_old_pages* has it.
+) -> None:
+    """Attempt to move isolated *pfns*, once.
 
-    -EAGAIN for those that somebody else holds or, unless we are to *wait*, has locked; -ENOMEM
-    for those that no frame was left for. They are as before. Raises Deadlock where this thread
-    has locked what it is to wait for.
+    *status*, -EAGAIN at first, becomes 0 where a page has moved and *put_old_pages* has it, also
+    if this raises. It stays for those that somebody else holds or, unless we are to *wait*, has
+    locked; -ENOMEM: no frame was left for it. They are as before. Raises Deadlock where this
+    thread has locked what it is to wait for.
 
     Unlike Linux v4.20, which asks the new page whether it goes to an LRU list, when its driver may
     have let go of it, we go by what the old page was (as since 5.0).
     Linux: unmap_and_move(), mm/migrate.c.
     """
-    status = np.full(pfns.size, -errno.EAGAIN, dtype=np.int32)
     if wait:
         _lock_written_pages(mem, pfns)
         at = np.arange(pfns.size)
@@ -388,7 +395,11 @@ def unmap_and_move(
             under_way = has(mem.flags[pfns[at]], PG_writeback)
             unlock_page(mem, pfns[at[under_way]])
             at = at[~under_way]
-    new = get_new_pages(pfns[at])
+    try:
+        new = get_new_pages(pfns[at])
+    except BaseException:
+        unlock_page(mem, pfns[at])
+        raise
     at, short = at[: new.size], at[new.size :]
     status[short] = -errno.ENOMEM
     unlock_page(mem, pfns[short])
@@ -396,15 +407,15 @@ def unmap_and_move(
     old = pfns[at]
     lock_new_page(mem, new)
     movable = _movable(mem, old)
-    try_to_unmap(mem, old)
-    status[at] = move_to_new_page(mem, new, old)
-    moved = status[at] == 0
-    listed = moved if movable is None else moved & ~movable
-    if mem.payload is not None:
-        copy_highpages(mem.payload, new[listed], mem.payload, old[listed])
-    remove_migration_ptes(mem, old, np.where(moved, new, old))
-    _release(mem, old, new, moved, listed, put_old_pages)
-    return status
+    tried = status[at]
+    try:
+        try_to_unmap(mem, old)
+        move_to_new_page(mem, new, old, tried)
+    finally:
+        status[at] = tried
+        listed = (tried == 0) if movable is None else (tried == 0) & ~movable
+        _land(mem, old, new, listed)
+        _release(mem, old, new, tried == 0, listed, put_old_pages)
 
 
 def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
@@ -415,6 +426,13 @@ def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
     except BaseException:
         unlock_page(mem, pfns)
         raise
+
+
+def _land(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
+    """Map new[i] wherever old[i] was mapped if that has *moved*, and else that again."""
+    if mem.payload is not None:
+        copy_highpages(mem.payload, new[moved], mem.payload, old[moved])
+    remove_migration_ptes(mem, old, np.where(moved, new, old))
 
 
 def _release(

@@ -21,7 +21,7 @@ class Balloon:
     `pfns` has the frame at each place, 0 where there is none; a page's `private` is its place.
     `calls` are the names of the callbacks, with the places that they were for.
     `refuses` are places that isolate_page() does not part with; `answers` what migratepage() says
-    of a place, in turn, before it does what it shall.
+    of a place, in turn, before it does what it shall; `breaks` is what it raises instead.
     """
 
     def __init__(self, machine: Machine, size: int) -> None:
@@ -39,6 +39,7 @@ class Balloon:
         self.calls: list[tuple[str, list[int]]] = []
         self.refuses: set[int] = set()
         self.answers: dict[int, list[int]] = {}
+        self.breaks: Exception | None = None
         fresh = alloc_pages_bulk(self.mem, GFP_KERNEL, 0, size)
         lock_page(self.mem, fresh)
         self._put_in(np.arange(size), fresh)
@@ -112,6 +113,8 @@ class Balloon:
     def migratepage(self, mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
         places = self._called("migrate", old)
         assert self.aside[places].all()
+        if self.breaks is not None:
+            raise self.breaks
         said = [self.answers[p].pop(0) if self.answers.get(p) else 0 for p in places.tolist()]
         status = np.array(said, dtype=np.int32)
         places, new, old = places[status == 0], new[status == 0], old[status == 0]

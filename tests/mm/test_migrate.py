@@ -296,6 +296,31 @@ class TestMigratePages:
         assert [1, 0, 1] == nodes(world)
         assert [0] == to_node_1(world, 1)
 
+    @pytest.mark.parametrize("when", [(0, 2), (3, 1)])
+    def test_listener_raises(self, when):
+        """What the process has stays as it was, whatever was unmapped by then."""
+        world = two_nodes(4)
+        mem, pfns = isolated(world, 0, 1, 3)
+        Listener(world, when, lambda: 1 // 0)
+
+        with pytest.raises(ZeroDivisionError):
+            migrate_pages(mem, pfns, alloc_migration_target(mem, 1))
+
+        assert [0] * 4 == nodes(world)
+        assert world.intact()
+        world.machine.verify()
+
+    def test_no_frames_to_be_had(self):
+        """Who raises instead of giving frames leaves every page as it was."""
+        world = two_nodes(2)
+        mem, pfns = isolated(world)
+
+        with pytest.raises(ZeroDivisionError):
+            migrate_pages(mem, pfns, lambda pfns: 1 // 0)
+
+        assert world.intact()
+        world.machine.verify()
+
     def test_frames_run_out(self):
         """The first pages have theirs; the next one has failed, the rest was not tried."""
         world = two_nodes(4)

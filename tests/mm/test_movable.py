@@ -394,6 +394,24 @@ class TestMigratePages:
         assert [1, 0, 1, 1] == nodes(balloon)
         world.machine.verify()
 
+    def test_driver_raises(self, world, mem, balloon):
+        """What has not moved by then is back where it was; the error is the caller's."""
+        other = Balloon(world.machine, 2)
+        other.breaks = ZeroDivisionError()
+        lru_add_drain_all(mem)
+        assert migrate_page_add(mem, world.pfns()).all()
+        mixed = np.concatenate([world.pfns(), isolated(balloon), isolated(other)])
+
+        with pytest.raises(ZeroDivisionError):
+            migrate_pages(mem, mixed, alloc_migration_target(mem, 1))
+
+        assert world.intact()
+        assert balloon.intact()
+        assert ("putback", [0, 1]) == other.calls[-1]
+        assert not mem.lock_owner[mixed].any()
+        other.close()
+        world.machine.verify()
+
     def test_without_contents(self):
         """A machine that keeps no bytes moves them all the same."""
         world = mapped_range(1, nodes=("16MiB", "16MiB"), payload=False)
