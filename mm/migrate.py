@@ -6,7 +6,7 @@ reference. Around it, for a move between nodes:
 
     isolate    migrate_page_add     the caller takes pages off their LRU lists, or
                isolate_movable_page from the drivers that have them
-    try        unmap_and_move       lock, unmap, migrate_page, copy, map again
+    try        unmap_and_move       lock, unmap, migrate_page and copy, map again
     try again  migrate_pages        up to ten times, then the page stays where it is
 """
 
@@ -50,6 +50,7 @@ from mm.sched import current_task
 from mm.swap import get_page, isolate_lru_page, lru_add_drain, put_page, putback_lru_page
 from mm.swap_state import replace_in_swap_cache
 from mm.swapfile import try_to_free_swap
+from mm.trace import TracePoint
 from mm.types import AddressSpace, MemMap, page_movable
 from mm.typing import Errnos, Mask, Pfns, word
 from mm.vectors import every, has, keep_bits, places, rows, some
@@ -78,6 +79,8 @@ _MOVED_FLAGS: Final = word(
 _ONE: Final = np.array(1, dtype=np.int32)
 _NOT_PRIVATE: Final = word(~PG_private)
 _KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
+
+mm_migrate_pages: Final = TracePoint("mm_migrate_pages")
 
 
 def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
@@ -131,16 +134,30 @@ def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
         mem_cgroup_migrate(mem, old, new)
 
 
-def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
-    """Move the state of *old* to *new*, contents aside: 0 or -EAGAIN for each.
+def migrate_page_copy(mem: MemMap, new: Pfns, old: Pfns) -> None:
+    """Copy contents and state of old[i] to new[i], which says that it is up to date when it is.
 
-    Linux: migrate_page() with MIGRATE_SYNC_NO_COPY, mm/migrate.c.
+    Who reads a file finds new[i] by then, and need not lock it. Linux: migrate_page_copy().
+    """
+    preempt("migrate_page_copy")
+    if mem.payload is not None:
+        copy_highpages(mem.payload, new, mem.payload, old)
+    migrate_page_states(mem, new, old)
+
+
+def migrate_page(mem: MemMap, new: Pfns, old: Pfns, *, copy: bool = False) -> Errnos:
+    """Move the state of *old* to *new*, or *copy* the contents too: 0 or -EAGAIN for each.
+
+    Linux: migrate_page(), without *copy* that with MIGRATE_SYNC_NO_COPY, mm/migrate.c.
     """
     status = migrate_page_move_mapping(mem, new, old)
     if some(status):
         moved = status == 0
         new, old = new[moved], old[moved]
-    migrate_page_states(mem, new, old)
+    if copy:
+        migrate_page_copy(mem, new, old)
+    else:
+        migrate_page_states(mem, new, old)
     return status
 
 
@@ -149,11 +166,11 @@ def migrate_file_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
 
     Linux: migrate_page() as a_ops->migratepage, mm/migrate.c.
     """
-    return migrate_page(mapping.mem, new, old)
+    return migrate_page(mapping.mem, new, old, copy=True)
 
 
 def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns, status: Errnos) -> None:
-    """As migrate_page(), in the way of the file or driver that old[i] is of, where it has its own.
+    """Let new[i] take the place of old[i], in the way of its file or driver if it has its own.
 
     *status*: -EAGAIN for each at first; what has moved by then if one of them raises.
     Linux: move_to_new_page(), mm/migrate.c.
@@ -169,7 +186,7 @@ def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns, status: Errnos) -> None:
             migratepage = mapping.a_ops.migratepage or fallback_migrate_page
             status[here] = migratepage(mapping, new[here], old[here])
             plain &= ~here
-    status[plain] = migrate_page(mem, new[plain], old[plain])
+    status[plain] = migrate_page(mem, new[plain], old[plain], copy=True)
 
 
 def buffer_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
@@ -191,7 +208,7 @@ def buffer_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
         mem.flags[frm] &= _NOT_PRIVATE
         get_page(mem, to)
     put_page(mem, frm)
-    migrate_page_states(mem, new, old)
+    migrate_page_copy(mem, new, old)
     return status
 
 
@@ -208,15 +225,16 @@ def fallback_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos
     clean = ~dirty
     private = clean & has(mem.flags[old], PG_private)
     clean[private] = try_to_release_page(mapping, old[private])
-    status[clean] = migrate_page(mem, new[clean], old[clean])
+    status[clean] = migrate_page(mem, new[clean], old[clean], copy=True)
     return status
 
 
 def writeout(mapping: AddressSpace, pfns: Pfns) -> int:
     """Have dirty *pfns* written, which are mapped again for that; always a negative errno.
 
-    -EAGAIN: they may be clean soon; -EINVAL where the file cannot write pages.
-    Linux: writeout(), mm/migrate.c.
+    -EAGAIN: they may be clean soon; -EINVAL where the file cannot write pages. Unlike Linux v4.20,
+    where one that could not be written stays at once (EIO), it is tried again: of such errors the
+    file tells who has it open. Linux: writeout(), mm/migrate.c.
     """
     if mapping.a_ops.writepage is None:
         return -errno.EINVAL
@@ -316,7 +334,10 @@ def migrate_pages(
     do nothing about its being dirty. -ENOMEM: frames ran out at this page or before its turn.
     Others: what its driver says. What moved is freed, or *put_old_pages* has it; what stays is on
     its list, or its driver has it, again. So it is where a driver, or a listener on an address
-    space, raises: then the pages that were under way stay. Linux: migrate_pages(), mm/migrate.c.
+    space, raises: then the pages that were under way stay.
+
+    Unlike Linux v4.20, what waits for another attempt when frames run out counts as failed too (as
+    since 6.1). Linux: migrate_pages(), mm/migrate.c.
     """
     status = np.full(pfns.size, -errno.ENOMEM, dtype=np.int32)
     filed = _of_files(mem, pfns) if mem.mappings else np.zeros(pfns.size, dtype=np.bool_)
@@ -338,6 +359,8 @@ def migrate_pages(
         mem.vmstat.add("nr_isolated_anon", moved_files + of_drivers - moved)
         mem.vmstat.add("pgmigrate_success", moved)
         mem.vmstat.add("pgmigrate_fail", stuck + short)
+        if mm_migrate_pages:
+            mm_migrate_pages(pfns=pfns, status=status)
     return status
 
 
@@ -413,9 +436,10 @@ def unmap_and_move(
         move_to_new_page(mem, new, old, tried)
     finally:
         status[at] = tried
-        listed = (tried == 0) if movable is None else (tried == 0) & ~movable
-        _land(mem, old, new, listed)
-        _release(mem, old, new, tried == 0, listed, put_old_pages)
+        moved = tried == 0
+        listed = moved if movable is None else moved & ~movable
+        remove_migration_ptes(mem, old, np.where(listed, new, old))
+        _release(mem, old, new, moved, listed, put_old_pages)
 
 
 def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
@@ -426,13 +450,6 @@ def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
     except BaseException:
         unlock_page(mem, pfns)
         raise
-
-
-def _land(mem: MemMap, old: Pfns, new: Pfns, moved: Mask) -> None:
-    """Map new[i] wherever old[i] was mapped if that has *moved*, and else that again."""
-    if mem.payload is not None:
-        copy_highpages(mem.payload, new[moved], mem.payload, old[moved])
-    remove_migration_ptes(mem, old, np.where(moved, new, old))
 
 
 def _release(

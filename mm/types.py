@@ -269,8 +269,8 @@ class AddressSpaceOperations:
     write_end(file, pos, nbytes, pfns)    they are written to; unlock them and drop the references
     invalidatepage(mapping, pfns, offset, nbytes)  forget what belongs to that part of each
     releasepage(mapping, pfns)            let go of `private`; True where that was done
-    migratepage(mapping, new, old)        let new[i] take the place of old[i]: 0, or -errno;
-                                          of a driver's pages contents and references as well
+    migratepage(mapping, new, old)        let new[i] take the place of old[i], contents and all: 0,
+                                          or -errno; a driver's references go from old[i] to new[i]
     isolate_page(mapping, pfns)           put them aside, to be moved; True where that was done
     putback_page(mapping, pfns)           they have not moved, and are as before
     """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm import Machine, migrate
+from mm import Machine, migrate, trace
 from mm.errors import Deadlock
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
@@ -36,6 +36,8 @@ from mm.page_flags import (
 from mm.pgtable import pte_soft_dirty, pte_write
 from mm.swap import lru_add_drain_all, put_page
 from mm.typing import NO_PAGES, PAGE_SIZE
+from tests.files import disk_file
+from tests.interleave import explore
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 COPIED = [PG_referenced, PG_uptodate, PG_dirty, PG_active, PG_unevictable]
@@ -377,6 +379,19 @@ class TestMigratePages:
         assert 0 == migrate_pages(mem, NO_PAGES, alloc_migration_target(mem, 1)).size
 
 
+class TestEvent:
+    def test_fields(self):
+        """It names the pages as they were, and what became of each."""
+        world, seen = two_nodes(2), []
+        world.pin(1)
+        old = world.pfns().tolist()
+        with trace.listen(lambda _, fields: seen.append(fields), "mm_migrate_pages"):
+            to_node_1(world)
+
+        (fields,) = seen
+        assert (old, [0, -errno.EAGAIN]) == (fields["pfns"].tolist(), fields["status"].tolist())
+
+
 class TestPutbackMovablePages:
     def test_as_before(self):
         """What was isolated is on its list again, and counted there."""
@@ -401,3 +416,26 @@ class TestAllocMigrationTarget:
         assert {1} == set(mem.page_to_nid(pfns).tolist())
         assert pfns.size < 256
         put_page(mem, pfns)
+
+
+class TestReaders:
+    def test_of_a_file(self):
+        """Who reads a file while its pages move finds what is in them, locked or not."""
+
+        def scenario(together):
+            world = two_nodes(1, nodes=("2MiB", "2MiB"))
+            mem, data = world.machine.mem, bytes(range(256)) * 32
+            file, _ = disk_file(world.machine, data)
+            assert data == file.read(0, len(data))
+            lru_add_drain_all(mem)
+            pfns = file.f_mapping.i_pages.load(np.arange(2))
+            assert migrate_page_add(mem, pfns).all()
+
+            _, found = together(
+                lambda: migrate_pages(mem, pfns, alloc_migration_target(mem, 1)),
+                lambda: file.read(0, len(data)),
+            )
+
+            assert data == found
+
+        assert 5 < explore(scenario, preemptions=2)
