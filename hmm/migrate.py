@@ -262,7 +262,9 @@ def migrate_device_pages(migrate: Migration) -> None:
         migrate.drop(migrate.entries[has(words, MIGRATE_PFN_ERROR)], Stayed.LOST)
     anon = page_anon(mem, migrate.pfns)
     if not every(anon):
-        refused = ~anon & has(words, _CHOSEN)  # no device has pages of files, nor can it lose them
+        # No device has pages of files, nor can it lose them.
+        # Unlike Linux v4.20, device-public memory is no exception (as in 6.0).
+        refused = ~anon & has(words, _CHOSEN)
         migrate.drop(migrate.entries[refused], Stayed.REFUSED)
         moved &= ~refused
     if migrate.held.size:  # whoever held it may have stored to it after it was copied

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.movable import page_has_driver
 from mm.page_flags import PG_private
 from mm.pagewalk import walk_page_range
 from mm.pgtable import (
@@ -40,8 +41,8 @@ class Census(NamedTuple):
 
     pages: every PFN that exists, ascending; mapped: entries that map each PFN, by PFN;
     waiting: migration entries for each PFN; taken: exclusive entries for each PFN; locked: entries
-    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, buffers, the page cache
-    and the swap cache, by PFN; swapped: entries that hold each slot.
+    of VM_LOCKED VMAs that map each; held: references from pagevecs, pins, buffers, the page cache,
+    the swap cache and drivers of movable pages, by PFN; swapped: entries that hold each slot.
     """
 
     pages: Pfns
@@ -86,6 +87,7 @@ def take_census(mem: MemMap) -> Census:
             slots = xa_to_value(entries[xa_is_value(entries)])
             np.add.at(swapped, slots[slots < mem.swap.max], one)
     held[pages[has(mem.flags[pages], PG_private)]] += 1
+    held[pages[page_has_driver(mem, pages)]] += 1
     cached = mem.swap.cache
     np.add.at(held, cached[(cached > 0) & (cached < mem.limit_pfn)], one)
     return Census(pages, mapped, waiting, taken, locked, held, swapped)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mm.census import Census, Complaints, complain, dirty_in_tables, take_census
 from mm.debug_buffer import check_buffers, check_super_blocks, check_writeback
-from mm.debug_cache import check_files, check_page_cache
+from mm.debug_cache import check_files, check_movable, check_page_cache
 from mm.debug_memcg import check_memcgs
 from mm.debug_mm import (
     check_anon_vmas,
@@ -26,6 +26,7 @@ from mm.debug_mm import (
 from mm.errors import KernelBug
 from mm.memremap import FREE_REFCOUNT
 from mm.mmzone import MAX_ORDER, Lru
+from mm.movable import page_has_driver
 from mm.page_alloc import check_zone, free_blocks, nr_free_pages
 from mm.page_flags import (
     FLAG_NAMES,
@@ -240,7 +241,7 @@ def check_swap(mem: MemMap, census: Census) -> Complaints:
     stray = inside & ((named <= 0) | (named >= si.max))
     yield from complain("private", pages, stray, "no such slot")
     odd = ~inside & (mem.private[pages] != 0) & ~mem.is_zone_device_page(pages)
-    odd &= ~has(mem.flags[pages], PG_private)
+    odd &= ~has(mem.flags[pages], PG_private) & ~page_has_driver(mem, pages)
     yield from complain("private", pages, odd, "neither a driver, nor swap, nor buffers use it")
     pages, named = pages[inside & ~stray], named[inside & ~stray]
     yield from complain("private", pages, si.cache[named] != pages, "the swap cache differs")
@@ -265,6 +266,7 @@ _CHECKS: Final[tuple[Callable[[MemMap, Census], Complaints], ...]] = (
     check_lru,
     check_swap,
     check_page_cache,
+    check_movable,
     check_files,
     check_buffers,
     check_writeback,

@@ -1,4 +1,4 @@
-"""Whether files, page caches and those who map them fit together: part of mm/debug.py."""
+"""Whether files, page caches, drivers and those who map them fit together: part of mm/debug.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 
 from mm.census import Census, Complaints, complain, dirty_in_tables
 from mm.fs import PAGECACHE_TAG_DIRTY, File
+from mm.movable import page_has_driver, page_isolated
 from mm.page_cache import page_in_cache
-from mm.page_flags import PG_dirty, PG_locked, PG_swapbacked, PG_swapcache
+from mm.page_flags import PG_dirty, PG_locked, PG_lru, PG_swapbacked, PG_swapcache
 from mm.shmem import shmem_mapping
 from mm.types import AddressSpace, MemMap, Vma
 from mm.typing import Pfns
@@ -78,6 +79,23 @@ def _check_cached(mem: MemMap, census: Census, cached: Pfns) -> Complaints:
     for name, count in counts.items():
         if mem.vmstat[name] != count:
             yield f"{name}: says {mem.vmstat[name]}, the page caches have {count}"
+
+
+def check_movable(mem: MemMap, census: Census) -> Complaints:
+    """A movable page is a driver's alone, and with it, as nobody moves one between two calls."""
+    pages = census.pages
+    moving = page_isolated(mem, pages)
+    yield from complain("flags", pages, moving, "isolated, yet nobody moves it")
+    theirs = pages[page_has_driver(mem, pages)]
+    drivers = [n for n, mapping in mem.mappings.items() if mapping.a_ops.isolate_page is not None]
+    lost = ~np.isin(mem.mapping[theirs] >> 2, drivers)
+    yield from complain("mapping", theirs, lost, "movable, and no driver's")
+    device = mem.is_zone_device_page(theirs)
+    yield from complain("mapping", theirs, device, "movable, and device memory")
+    mapped = mem.mapcount[theirs] != 0
+    yield from complain("mapping", theirs, mapped, "movable, and mapped by a process")
+    listed = (mem.flags[theirs] & PG_lru) != 0
+    yield from complain("flags", theirs, listed, "movable, and on an LRU list")
 
 
 def check_files(mem: MemMap, census: Census) -> Complaints:

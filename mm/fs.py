@@ -103,6 +103,15 @@ class Inode:
         return f"<Inode {self.i_mapping.number}, {self.i_size:#x} bytes>"
 
 
+def alloc_anon_inode(mem: MemMap, a_ops: AddressSpaceOperations) -> Inode:
+    """An inode of no file, for a driver: what `mapping` of its pages leads to, until iput().
+
+    The driver has let go of all of them by then. Linux: alloc_anon_inode(), fs/libfs.c.
+    """
+    i_op = InodeOperations(setattr=lambda inode, size: None, evict_inode=lambda inode: None)
+    return Inode(mem, i_op, FileOperations(), a_ops)
+
+
 def ihold(inode: Inode) -> None:
     """One more who has *inode*. Linux: ihold(), fs/inode.c."""
     with inode.mem.locks.atomic:

@@ -26,6 +26,7 @@ from mm.free_area import take_page_off_buddy
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.memcontrol import mem_cgroup_uncharge
 from mm.migrate import NewPages, migrate_page_add, migrate_pages
+from mm.movable import isolate_movable_page
 from mm.page_alloc import PAGE_POISON, alloc_pages_bulk, drain_all_pages, fill_pages
 from mm.page_flags import (
     PG_dirty,
@@ -188,9 +189,10 @@ def _hwpoison_user_mappings(mem: MemMap, pfns: Pfns) -> Mask:
 def soft_offline_page(mem: MemMap, pfns: Pfns) -> Errnos:
     """Move what is in *pfns* to other frames, and take these out of use. 0, or a negative errno.
 
-    -EIO: device memory, or it could not move as somebody holds it; -ENOMEM: no frame is left for
-    it; -EBUSY: it is on no list, as it is the kernel's own or on its way, or was out of use
-    already; -ENXIO: there is no such frame. It stays as it is then.
+    -EIO: device memory, or it could not move, as somebody holds it or its driver or file would
+    not; -ENOMEM: no frame is left for it; -EBUSY: it is on no list, as it is the kernel's own or on
+    its way, its driver will not part with it, or it was out of use already; -ENXIO: there is no
+    such frame. It stays as it is then.
     Linux: soft_offline_page(), mm/memory-failure.c.
     """
     frames, which = np.unique(pfns, return_inverse=True)
@@ -201,13 +203,16 @@ def soft_offline_page(mem: MemMap, pfns: Pfns) -> Errnos:
     restore_exclusive_pages(mem, frames[used])
     lru_add_drain_all(mem)
     isolated = migrate_page_add(mem, frames[used])
+    if mem.mappings:
+        isolated[~isolated] = isolate_movable_page(mem, frames[used[~isolated]])
     status[used[~isolated]] = -errno.EBUSY
     moving = used[isolated]
     nids = mem.page_to_nid(frames[moving])
     for nid in distinct(nids):
         here = moving[nids == nid]
         left = migrate_pages(mem, frames[here], _near(mem, nid), page_handle_poison)
-        status[here] = np.where(left == -errno.EAGAIN, -errno.EIO, left)
+        stays = (left != 0) & (left != -errno.ENOMEM)
+        status[here] = np.where(stays, -errno.EIO, left)
     return status[which]
 
 

@@ -4,8 +4,9 @@ What a device migration and a move between nodes have in common: migrate_page(),
 state of struct page goes from old to new, under both page locks, when nobody else holds a
 reference. Around it, for a move between nodes:
 
-    isolate    migrate_page_add     the caller takes pages off their LRU lists
-    try        unmap_and_move       lock, unmap, migrate_page, copy, map again
+    isolate    migrate_page_add     the caller takes pages off their LRU lists, or
+               isolate_movable_page from the drivers that have them
+    try        unmap_and_move       lock, unmap, migrate_page and copy, map again
     try again  migrate_pages        up to ten times, then the page stays where it is
 """
 
@@ -21,8 +22,14 @@ from mm.buffer import try_to_release_page
 from mm.filemap import lock_new_page, lock_page, trylock_page, unlock_page, wait_on_page_locked
 from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.highmem import copy_highpages
-from mm.locking import cond_resched, preempt
+from mm.locking import cond_resched, current, preempt
 from mm.memcontrol import mem_cgroup_migrate
+from mm.movable import (
+    clear_page_isolated,
+    move_movable_page,
+    page_has_driver,
+    putback_movable_page,
+)
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_cache import by_mapping, page_in_cache, replace_in_page_cache
 from mm.page_flags import (
@@ -43,7 +50,8 @@ from mm.sched import current_task
 from mm.swap import get_page, isolate_lru_page, lru_add_drain, put_page, putback_lru_page
 from mm.swap_state import replace_in_swap_cache
 from mm.swapfile import try_to_free_swap
-from mm.types import AddressSpace, MemMap
+from mm.trace import TracePoint
+from mm.types import AddressSpace, MemMap, page_movable
 from mm.typing import Errnos, Mask, Pfns, word
 from mm.vectors import every, has, keep_bits, places, rows, some
 from mm.writeback import wait_on_page_writeback
@@ -71,6 +79,8 @@ _MOVED_FLAGS: Final = word(
 _ONE: Final = np.array(1, dtype=np.int32)
 _NOT_PRIVATE: Final = word(~PG_private)
 _KEPT_FLAGS: Final = word(~(PG_active | PG_unevictable))
+
+mm_migrate_pages: Final = TracePoint("mm_migrate_pages")
 
 
 def migrate_page_move_mapping(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
@@ -124,16 +134,30 @@ def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
         mem_cgroup_migrate(mem, old, new)
 
 
-def migrate_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
-    """Move the state of *old* to *new*, contents aside: 0 or -EAGAIN for each.
+def migrate_page_copy(mem: MemMap, new: Pfns, old: Pfns) -> None:
+    """Copy contents and state of old[i] to new[i], which says that it is up to date when it is.
 
-    Linux: migrate_page() with MIGRATE_SYNC_NO_COPY, mm/migrate.c.
+    Who reads a file finds new[i] by then, and need not lock it. Linux: migrate_page_copy().
+    """
+    preempt("migrate_page_copy")
+    if mem.payload is not None:
+        copy_highpages(mem.payload, new, mem.payload, old)
+    migrate_page_states(mem, new, old)
+
+
+def migrate_page(mem: MemMap, new: Pfns, old: Pfns, *, copy: bool = False) -> Errnos:
+    """Move the state of *old* to *new*, or *copy* the contents too: 0 or -EAGAIN for each.
+
+    Linux: migrate_page(), without *copy* that with MIGRATE_SYNC_NO_COPY, mm/migrate.c.
     """
     status = migrate_page_move_mapping(mem, new, old)
     if some(status):
         moved = status == 0
         new, old = new[moved], old[moved]
-    migrate_page_states(mem, new, old)
+    if copy:
+        migrate_page_copy(mem, new, old)
+    else:
+        migrate_page_states(mem, new, old)
     return status
 
 
@@ -142,23 +166,27 @@ def migrate_file_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
 
     Linux: migrate_page() as a_ops->migratepage, mm/migrate.c.
     """
-    return migrate_page(mapping.mem, new, old)
+    return migrate_page(mapping.mem, new, old, copy=True)
 
 
-def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns) -> Errnos:
-    """As migrate_page(), in the way of the file that old[i] is of, where it has one of its own.
+def move_to_new_page(mem: MemMap, new: Pfns, old: Pfns, status: Errnos) -> None:
+    """Let new[i] take the place of old[i], in the way of its file or driver if it has its own.
 
+    *status*: -EAGAIN for each at first; what has moved by then if one of them raises.
     Linux: move_to_new_page(), mm/migrate.c.
     """
-    status = np.full(old.size, 1, dtype=np.int32)
+    plain = np.ones(old.size, dtype=np.bool_)
     if mem.mappings:
+        movable = page_movable(mem, old)
+        if some(movable):
+            status[movable] = move_movable_page(mem, new[movable], old[movable])
+            plain = ~movable
         for mapping, mine in by_mapping(mem, old):
             here = np.isin(old, mine)
             migratepage = mapping.a_ops.migratepage or fallback_migrate_page
             status[here] = migratepage(mapping, new[here], old[here])
-    plain = status > 0
-    status[plain] = migrate_page(mem, new[plain], old[plain])
-    return status
+            plain &= ~here
+    status[plain] = migrate_page(mem, new[plain], old[plain], copy=True)
 
 
 def buffer_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
@@ -180,7 +208,7 @@ def buffer_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos:
         mem.flags[frm] &= _NOT_PRIVATE
         get_page(mem, to)
     put_page(mem, frm)
-    migrate_page_states(mem, new, old)
+    migrate_page_copy(mem, new, old)
     return status
 
 
@@ -197,15 +225,16 @@ def fallback_migrate_page(mapping: AddressSpace, new: Pfns, old: Pfns) -> Errnos
     clean = ~dirty
     private = clean & has(mem.flags[old], PG_private)
     clean[private] = try_to_release_page(mapping, old[private])
-    status[clean] = migrate_page(mem, new[clean], old[clean])
+    status[clean] = migrate_page(mem, new[clean], old[clean], copy=True)
     return status
 
 
 def writeout(mapping: AddressSpace, pfns: Pfns) -> int:
     """Have dirty *pfns* written, which are mapped again for that; always a negative errno.
 
-    -EAGAIN: they may be clean soon; -EINVAL where the file cannot write pages.
-    Linux: writeout(), mm/migrate.c.
+    -EAGAIN: they may be clean soon; -EINVAL where the file cannot write pages. Unlike Linux v4.20,
+    where one that could not be written stays at once (EIO), it is tried again: of such errors the
+    file tells who has it open. Linux: writeout(), mm/migrate.c.
     """
     if mapping.a_ops.writepage is None:
         return -errno.EINVAL
@@ -243,6 +272,15 @@ def _count_isolated(mem: MemMap, pfns: Pfns, sign: int) -> None:
     mem.vmstat.add("nr_isolated_anon", sign * (pfns.size - filed))
 
 
+def _movable(mem: MemMap, pfns: Pfns) -> Mask | None:
+    """page_movable(), or None where no page is."""
+    if mem.mappings:
+        movable = page_movable(mem, pfns)
+        if some(movable):
+            return movable
+    return None
+
+
 def _of_files(mem: MemMap, pfns: Pfns) -> Mask:
     """True for pages of files on disk."""
     return page_in_cache(mem, pfns) & ~has(mem.flags[pfns], PG_swapbacked)
@@ -259,10 +297,31 @@ def alloc_migration_target(mem: MemMap, nid: int) -> NewPages:
 
 
 def putback_movable_pages(mem: MemMap, pfns: Pfns) -> None:
-    """Undo migrate_page_add(). Linux: putback_movable_pages(), mm/migrate.c."""
+    """Undo migrate_page_add() and isolate_movable_page(), each of its pages.
+
+    Linux: putback_movable_pages(), mm/migrate.c.
+    """
+    cpu = current_task().cpu
+    movable = _movable(mem, pfns)
+    if movable is not None:
+        _putback_to_drivers(mem, pfns[movable], cpu)
+        pfns = pfns[~movable]
     _count_isolated(mem, pfns, -1)
-    putback_lru_page(mem, pfns, current_task().cpu)
-    lru_add_drain(mem, current_task().cpu)
+    putback_lru_page(mem, pfns, cpu)
+    lru_add_drain(mem, cpu)
+
+
+def _putback_to_drivers(mem: MemMap, pfns: Pfns, cpu: int) -> None:
+    """putback_movable_pages() of movable *pfns*; what this thread has locked stays so."""
+    ours = pfns[mem.lock_owner[pfns] != current()]
+    lock_page(mem, ours)
+    try:
+        kept = page_has_driver(mem, pfns)
+        putback_movable_page(mem, pfns[kept])
+        clear_page_isolated(mem, pfns[~kept])
+    finally:
+        unlock_page(mem, ours)
+        put_page(mem, pfns, cpu)
 
 
 def migrate_pages(
@@ -270,13 +329,19 @@ def migrate_pages(
 ) -> Errnos:
     """Let new pages take the place of *pfns*, which the caller has isolated; 0 for each that moved.
 
-    -EAGAIN: it stays, for at each of ten attempts somebody held it or had it locked, or it was on
-    its way to disk. -EINVAL: its file can do nothing about its being dirty. -ENOMEM:
-    frames ran out at this page or before its turn. What moved is freed, or *put_old_pages* has it;
-    what stays is on its list again. Linux: migrate_pages(), mm/migrate.c.
+    They may be pages of LRU lists and of drivers, mixed. -EAGAIN: it stays, for at each of ten
+    attempts somebody held it or had it locked, or it was on its way to disk. -EINVAL: its file can
+    do nothing about its being dirty. -ENOMEM: frames ran out at this page or before its turn.
+    Others: what its driver says. What moved is freed, or *put_old_pages* has it; what stays is on
+    its list, or its driver has it, again. So it is where a driver, or a listener on an address
+    space, raises: then the pages that were under way stay.
+
+    Unlike Linux v4.20, what waits for another attempt when frames run out counts as failed too (as
+    since 6.1). Linux: migrate_pages(), mm/migrate.c.
     """
     status = np.full(pfns.size, -errno.ENOMEM, dtype=np.int32)
     filed = _of_files(mem, pfns) if mem.mappings else np.zeros(pfns.size, dtype=np.bool_)
+    movable = _movable(mem, pfns)
     try:
         for first in range(0, pfns.size, NR_MAX_BATCHED_MIGRATION):
             batch = slice(first, first + NR_MAX_BATCHED_MIGRATION)
@@ -289,10 +354,13 @@ def migrate_pages(
         stuck = pfns.size - moved - int(np.count_nonzero(status == -errno.ENOMEM))
         short = moved + stuck < pfns.size  # of those that got no frame, the first was tried
         moved_files = int(np.count_nonzero(filed & (status == 0)))
+        of_drivers = 0 if movable is None else int(np.count_nonzero(movable & (status == 0)))
         mem.vmstat.add("nr_isolated_file", -moved_files)
-        mem.vmstat.add("nr_isolated_anon", moved_files - moved)
+        mem.vmstat.add("nr_isolated_anon", moved_files + of_drivers - moved)
         mem.vmstat.add("pgmigrate_success", moved)
         mem.vmstat.add("pgmigrate_fail", stuck + short)
+        if mm_migrate_pages:
+            mm_migrate_pages(pfns=pfns, status=status)
     return status
 
 
@@ -311,7 +379,11 @@ def _migrate_pages_batch(
         if attempt:
             cond_resched()
         wait = attempt >= NR_MAX_MIGRATE_ASYNC_RETRY
-        status[left] = unmap_and_move(mem, pfns[left], get_new_pages, put_old_pages, wait=wait)
+        tried = status[left]
+        try:
+            unmap_and_move(mem, pfns[left], tried, get_new_pages, put_old_pages, wait=wait)
+        finally:
+            status[left] = tried
         if some(status == -errno.ENOMEM):
             return False
     return True
@@ -320,18 +392,23 @@ def _migrate_pages_batch(
 def unmap_and_move(
     mem: MemMap,
     pfns: Pfns,
+    status: Errnos,
     get_new_pages: NewPages,
-    put_old_pages: PutPages = put_page,
+    put_old_pages: PutPages,
     *,
     wait: bool,
-) -> Errnos:
-    """Attempt to move isolated *pfns*, once: 0 where a page has moved and *put_old_pages* has it.
+) -> None:
+    """Attempt to move isolated *pfns*, once.
 
-    -EAGAIN for those that somebody else holds or, unless we are to *wait*, has locked; -ENOMEM
-    for those that no frame was left for. They are as before. Raises Deadlock where this thread
-    has locked what it is to wait for. Linux: unmap_and_move(), mm/migrate.c.
+    *status*, -EAGAIN at first, becomes 0 where a page has moved and *put_old_pages* has it, also
+    if this raises. It stays for those that somebody else holds or, unless we are to *wait*, has
+    locked; -ENOMEM: no frame was left for it. They are as before. Raises Deadlock where this
+    thread has locked what it is to wait for.
+
+    Unlike Linux v4.20, which asks the new page whether it goes to an LRU list, when its driver may
+    have let go of it, we go by what the old page was (as since 5.0).
+    Linux: unmap_and_move(), mm/migrate.c.
     """
-    status = np.full(pfns.size, -errno.EAGAIN, dtype=np.int32)
     if wait:
         _lock_written_pages(mem, pfns)
         at = np.arange(pfns.size)
@@ -341,21 +418,28 @@ def unmap_and_move(
             under_way = has(mem.flags[pfns[at]], PG_writeback)
             unlock_page(mem, pfns[at[under_way]])
             at = at[~under_way]
-    new = get_new_pages(pfns[at])
+    try:
+        new = get_new_pages(pfns[at])
+    except BaseException:
+        unlock_page(mem, pfns[at])
+        raise
     at, short = at[: new.size], at[new.size :]
     status[short] = -errno.ENOMEM
     unlock_page(mem, pfns[short])
 
     old = pfns[at]
     lock_new_page(mem, new)
-    try_to_unmap(mem, old)
-    status[at] = move_to_new_page(mem, new, old)
-    moved = status[at] == 0
-    if mem.payload is not None:
-        copy_highpages(mem.payload, new[moved], mem.payload, old[moved])
-    remove_migration_ptes(mem, old, np.where(moved, new, old))
-    _release(mem, old, new, moved, put_old_pages)
-    return status
+    movable = _movable(mem, old)
+    tried = status[at]
+    try:
+        try_to_unmap(mem, old)
+        move_to_new_page(mem, new, old, tried)
+    finally:
+        status[at] = tried
+        moved = tried == 0
+        listed = moved if movable is None else moved & ~movable
+        remove_migration_ptes(mem, old, np.where(listed, new, old))
+        _release(mem, old, new, moved, listed, put_old_pages)
 
 
 def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
@@ -368,15 +452,17 @@ def _lock_written_pages(mem: MemMap, pfns: Pfns) -> None:
         raise
 
 
-def _release(mem: MemMap, old: Pfns, new: Pfns, moved: Mask, put_old_pages: PutPages) -> None:
-    """Unlock both; put new[i] on a list where it has *moved*, and free what is left over.
+def _release(
+    mem: MemMap, old: Pfns, new: Pfns, moved: Mask, listed: Mask, put_old_pages: PutPages
+) -> None:
+    """Unlock both; put new[i] on a list where it shall be *listed*, and let go of the others.
 
     The locks go first: ours may be the last reference, if others have unmapped the page.
     """
     cpu = current_task().cpu
     unlock_page(mem, new)
     unlock_page(mem, old)
-    putback_lru_page(mem, new[moved], cpu)
+    putback_lru_page(mem, new[listed], cpu)
     lru_add_drain(mem, cpu)
-    put_page(mem, new[~moved], cpu)
+    put_page(mem, new[~listed], cpu)
     put_old_pages(mem, old[moved], cpu)

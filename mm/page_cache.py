@@ -24,13 +24,13 @@ from mm.memcontrol import mem_cgroup_try_charge
 from mm.page_flags import PG_dirty, PG_swapbacked
 from mm.sched import current_task
 from mm.swap import get_page, lru_cache_add, put_page
-from mm.types import PAGE_MAPPING_ANON, AddressSpace, MemMap, MmStruct
+from mm.types import PAGE_MAPPING_FLAGS, AddressSpace, MemMap, MmStruct
 from mm.typing import Indices, Mask, Pfns, number, word
 from mm.vectors import distinct, every, has, rows, some
 from mm.workingset import workingset_refault
 from mm.xarray import Entries, xa_is_value, xa_mk_value, xa_to_value
 
-_OWNED: Final = number(3)  # PAGE_MAPPING_ANON, PAGE_MAPPING_MOVABLE
+_FLAGS: Final = number(PAGE_MAPPING_FLAGS)
 _CLEAN: Final = word(~PG_dirty)
 
 
@@ -40,14 +40,14 @@ def page_in_cache(mem: MemMap, pfns: Pfns) -> Mask:
     Linux: page_mapping(), mm/util.c, of pages that are not in the swap cache.
     """
     owners = mem.mapping[pfns]
-    return (owners != 0) & ((owners & _OWNED) == 0)
+    return (owners != 0) & ((owners & _FLAGS) == 0)
 
 
 def by_mapping(mem: MemMap, pfns: Pfns) -> Iterator[tuple[AddressSpace, Pfns]]:
     """The page caches that *pfns* are in, each with those of them; others are left out."""
     owners = mem.mapping[pfns]
     for owner in distinct(owners) if pfns.size else ():
-        if owner and not owner & PAGE_MAPPING_ANON:
+        if owner and not owner & PAGE_MAPPING_FLAGS:
             yield mem.mappings[owner >> 2], pfns[owners == owner]
 
 
@@ -226,7 +226,7 @@ def set_page_dirty(mem: MemMap, pfns: Pfns) -> None:
         filed = page_in_cache(mem, pfns)
         if some(filed):
             for mapping, mine in by_mapping(mem, pfns[filed]):
-                mapping.a_ops.set_page_dirty(mapping, mine)
+                (mapping.a_ops.set_page_dirty or set_page_dirty_nobuffers)(mapping, mine)
             pfns = pfns[~filed]
     with mem.locks.atomic:
         mem.flags[pfns] |= PG_dirty

@@ -32,11 +32,12 @@ PG_anon_exclusive: Final = BIT(17)  # the one process that maps it owns it; sinc
 PG_swapbacked: Final = BIT(18)  # its home is swap: anonymous memory and tmpfs
 PG_unevictable: Final = BIT(19)  # reclaim must not look at it
 PG_mlocked: Final = BIT(20)  # some VMA that maps it is VM_LOCKED
+PG_isolated: Final = BIT(21)  # somebody moves it, who got it from its driver
 PG_hwpoison: Final = BIT(22)  # its contents are lost: nobody maps it or will be given it
 
 # What a page that goes back to the allocator may not carry.
 PAGE_FLAGS_CHECK_AT_FREE: Final = word(
-    PG_locked | PG_lru | PG_active | PG_reserved | PG_unevictable | PG_mlocked
+    PG_locked | PG_lru | PG_active | PG_reserved | PG_unevictable | PG_mlocked | PG_isolated
 )
 
 FLAG_NAMES: Final = {

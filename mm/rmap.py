@@ -476,7 +476,10 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
 
 
 def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
-    """What migration entries become now that *pfns* are in place. Linux: remove_migration_pte()."""
+    """What migration entries become now that *pfns* are in place. Linux: remove_migration_pte().
+
+    Unlike Linux v4.20, an entry of device memory stays soft-dirty (as in 5.9).
+    """
     mem = vma.vm_mm.mem
     writable = is_write_migration_entry(waiting)
     if not vma.vm_flags & VM_WRITE:

@@ -59,7 +59,7 @@ COLUMNS: Final = (
     Column("flags", np.uint64, "flags", "PG_* bits of mm/page_flags.py"),
     Column("refcount", np.int32, "_refcount", "references; 0 is free, 1 a free ZONE_DEVICE page"),
     Column("mapcount", np.int32, "_mapcount + 1", "page-table entries that map the page"),
-    Column("mapping", np.int64, "mapping", "whose it is: number << 2, and PAGE_MAPPING_ANON or 0"),
+    Column("mapping", np.int64, "mapping", "whose it is: number << 2, with PAGE_MAPPING_*"),
     Column("index", np.int64, "index", "its page offset there: that of the VMAs' vm_pgoff"),
     Column("private", np.int64, "private", "slot of a page in the swap cache, else 0"),
     Column("lru_stamp", np.int64, "lru", "its place in the LRU list: higher is younger"),
@@ -74,7 +74,11 @@ COLUMNS: Final = (
 BYTES_PER_PAGE: Final = sum(np.dtype(column.dtype).itemsize for column in COLUMNS)
 
 PAGE_MAPPING_ANON: Final = 1
+PAGE_MAPPING_MOVABLE: Final = 2
+PAGE_MAPPING_FLAGS: Final = PAGE_MAPPING_ANON | PAGE_MAPPING_MOVABLE
 _ANON: Final = number(PAGE_MAPPING_ANON)
+_MOVABLE: Final = number(PAGE_MAPPING_MOVABLE)
+_FLAGS: Final = number(PAGE_MAPPING_FLAGS)
 
 
 class MemoryType(IntEnum):
@@ -187,6 +191,14 @@ def page_anon(mem: MemMap, pfns: Pfns) -> Mask:
     return (mem.mapping[pfns] & _ANON).astype(np.bool_)
 
 
+def page_movable(mem: MemMap, pfns: Pfns) -> Mask:
+    """True for pages that a driver lets others move, also for those that it has let go of since.
+
+    Linux: __PageMovable(), include/linux/page-flags.h.
+    """
+    return (mem.mapping[pfns] & _FLAGS) == _MOVABLE
+
+
 def payload_of(mem: MemMap) -> Payload:
     """The contents of all frames. Raises InvalidArgument on a machine that keeps none."""
     if mem.payload is None:
@@ -195,7 +207,7 @@ def payload_of(mem: MemMap) -> Payload:
 
 
 def page_mapping(mem: MemMap, pfn: int) -> AddressSpace | None:
-    """The page cache that *pfn* is in, None for an anonymous page or one that nobody has.
+    """The page cache that *pfn* is in, or its driver's; None if it is anonymous or nobody's.
 
     Linux: page_mapping(), mm/util.c.
     """
@@ -243,9 +255,10 @@ class DevPagemap(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddressSpaceOperations:
-    """How a kind of file treats its pages; what is None it has no need of.
+    """How a kind of file, or a driver, treats its pages; what is None it has no need of.
 
-    All pages are locked by the caller, in one mapping, and stay so.
+    All pages are locked by the caller, in one mapping, and stay so. The last three are for a
+    driver whose pages others may move (mm/movable.py).
     Linux: struct address_space_operations, include/linux/fs.h.
 
     readpages(mapping, pfns)              fill them; True where they are up to date now
@@ -256,10 +269,13 @@ class AddressSpaceOperations:
     write_end(file, pos, nbytes, pfns)    they are written to; unlock them and drop the references
     invalidatepage(mapping, pfns, offset, nbytes)  forget what belongs to that part of each
     releasepage(mapping, pfns)            let go of `private`; True where that was done
-    migratepage(mapping, new, old)        let new[i] take the place of old[i]: 0, or -errno
+    migratepage(mapping, new, old)        let new[i] take the place of old[i], contents and all: 0,
+                                          or -errno; a driver's references go from old[i] to new[i]
+    isolate_page(mapping, pfns)           put them aside, to be moved; True where that was done
+    putback_page(mapping, pfns)           they have not moved, and are as before
     """
 
-    set_page_dirty: Callable[[AddressSpace, Pfns], None]
+    set_page_dirty: Callable[[AddressSpace, Pfns], None] | None = None
     readpages: Callable[[AddressSpace, Pfns], Mask] | None = None
     writepage: Callable[[AddressSpace, Pfns], Mask] | None = None
     write_begin: Callable[[Any, int, int], Pfns] | None = None
@@ -267,6 +283,8 @@ class AddressSpaceOperations:
     invalidatepage: Callable[[AddressSpace, Pfns, int, int], None] | None = None
     releasepage: Callable[[AddressSpace, Pfns], Mask] | None = None
     migratepage: Callable[[AddressSpace, Pfns, Pfns], NDArray[np.int32]] | None = None
+    isolate_page: Callable[[AddressSpace, Pfns], Mask] | None = None
+    putback_page: Callable[[AddressSpace, Pfns], None] | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -18,7 +18,7 @@ OURS = {
             "verify check_zones check_free_pages check_counts check_flags check_mlocked check_lru "
             "check_swap"
         ),
-        "debug_cache": "check_page_cache check_files",
+        "debug_cache": "check_page_cache check_movable check_files",
         "debug_mm": (
             "check_entries check_anon_vmas check_vmas check_notifiers check_userfaultfds "
             "check_tables"

@@ -2,10 +2,14 @@
 
 import pytest
 
+from mm.errors import KernelBug
 from mm.fs import PAGECACHE_TAG_DIRTY
-from mm.page_flags import PG_dirty, PG_swapbacked, PG_swapcache
+from mm.page_alloc import free_pages_bulk
+from mm.page_flags import PG_dirty, PG_isolated, PG_lru, PG_swapbacked, PG_swapcache
 from mm.swap import lru_add_drain_all
+from mm.types import PAGE_MAPPING_MOVABLE
 from mm.typing import pages
+from tests.balloon import Balloon
 from tests.files import disk_file, mapped_file
 from tests.mm.test_debug import complaints, named, spoiled, spoiled_attribute
 
@@ -164,3 +168,64 @@ class TestFiles:
         """An inode lives by those who have it."""
         with spoiled_attribute(world.file.f_inode, "i_count", 0):
             assert {"i_count"} == named(world.machine)
+
+
+class TestMovable:
+    @pytest.fixture
+    def balloon(self, world):
+        balloon = Balloon(world.machine, 2)
+        world.machine.verify()
+        yield balloon
+        world.machine.verify()
+        balloon.close()
+
+    def test_isolated(self, world, mem, balloon):
+        """Between two calls nobody moves a page, be it a driver's or not."""
+        for pfn in (balloon.pfns[0], world.cache()[0], mem.max_pfn - 1):
+            with spoiled(mem.flags, pfn, mem.flags[pfn] | PG_isolated):
+                lines = complaints(world.machine)
+
+            assert f"flags: page {pfn:#x}: isolated, yet nobody moves it" in lines
+
+    def test_isolated_and_freed(self, mem, balloon):
+        """A page that somebody moves is not freed."""
+        (pfn,) = pages(balloon.pfns[1])
+        with (
+            spoiled(mem.flags, pfn, mem.flags[pfn] | PG_isolated),
+            pytest.raises(KernelBug, match="isolated"),
+        ):
+            free_pages_bulk(mem, pages(pfn))
+
+    @pytest.mark.parametrize("number", [1, 77])
+    def test_driver(self, world, mem, balloon, number):
+        """The mapping of a movable page is a driver's: not a file's, nor nobody's."""
+        assert number == world.file.f_mapping.number or number not in mem.mappings
+        pfn = balloon.pfns[0]
+        with spoiled(mem.mapping, pfn, number << 2 | PAGE_MAPPING_MOVABLE):
+            assert [f"mapping: page {pfn:#x}: movable, and no driver's"] == complaints(
+                world.machine
+            )
+
+    def test_reference(self, world, mem, balloon):
+        """The driver has one to each, and none to what it has let go of."""
+        pfn = balloon.pfns[0]
+        for column, value in ((mem.refcount, 2), (mem.mapping, PAGE_MAPPING_MOVABLE)):
+            with spoiled(column, pfn, value):
+                assert "refcount" in named(world.machine)
+
+    def test_list(self, world, mem, balloon):
+        """It is on no LRU list."""
+        pfn = balloon.pfns[0]
+        with spoiled(mem.flags, pfn, mem.flags[pfn] | PG_lru):
+            assert f"flags: page {pfn:#x}: movable, and on an LRU list" in complaints(world.machine)
+
+    def test_mapped(self, world, mem, balloon):
+        """No process maps it, and it is no device's."""
+        pfn = world.cache()[0]
+        device = world.gpu.zone.end_pfn - 1
+        owner = balloon.inode.i_mapping.number << 2 | PAGE_MAPPING_MOVABLE
+        with spoiled(mem.mapping, pages(pfn, device), owner):
+            lines = complaints(world.machine)
+
+        assert f"mapping: page {pfn:#x}: movable, and mapped by a process" in lines
+        assert f"mapping: page {device:#x}: movable, and device memory" in lines

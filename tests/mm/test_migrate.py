@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm import Machine, migrate
+from mm import Machine, migrate, trace
 from mm.errors import Deadlock
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
@@ -36,6 +36,8 @@ from mm.page_flags import (
 from mm.pgtable import pte_soft_dirty, pte_write
 from mm.swap import lru_add_drain_all, put_page
 from mm.typing import NO_PAGES, PAGE_SIZE
+from tests.files import disk_file
+from tests.interleave import explore
 from tests.world import SOMEBODY_ELSE, mapped_range
 
 COPIED = [PG_referenced, PG_uptodate, PG_dirty, PG_active, PG_unevictable]
@@ -296,6 +298,31 @@ class TestMigratePages:
         assert [1, 0, 1] == nodes(world)
         assert [0] == to_node_1(world, 1)
 
+    @pytest.mark.parametrize("when", [(0, 2), (3, 1)])
+    def test_listener_raises(self, when):
+        """What the process has stays as it was, whatever was unmapped by then."""
+        world = two_nodes(4)
+        mem, pfns = isolated(world, 0, 1, 3)
+        Listener(world, when, lambda: 1 // 0)
+
+        with pytest.raises(ZeroDivisionError):
+            migrate_pages(mem, pfns, alloc_migration_target(mem, 1))
+
+        assert [0] * 4 == nodes(world)
+        assert world.intact()
+        world.machine.verify()
+
+    def test_no_frames_to_be_had(self):
+        """Who raises instead of giving frames leaves every page as it was."""
+        world = two_nodes(2)
+        mem, pfns = isolated(world)
+
+        with pytest.raises(ZeroDivisionError):
+            migrate_pages(mem, pfns, lambda pfns: 1 // 0)
+
+        assert world.intact()
+        world.machine.verify()
+
     def test_frames_run_out(self):
         """The first pages have theirs; the next one has failed, the rest was not tried."""
         world = two_nodes(4)
@@ -352,6 +379,19 @@ class TestMigratePages:
         assert 0 == migrate_pages(mem, NO_PAGES, alloc_migration_target(mem, 1)).size
 
 
+class TestEvent:
+    def test_fields(self):
+        """It names the pages as they were, and what became of each."""
+        world, seen = two_nodes(2), []
+        world.pin(1)
+        old = world.pfns().tolist()
+        with trace.listen(lambda _, fields: seen.append(fields), "mm_migrate_pages"):
+            to_node_1(world)
+
+        (fields,) = seen
+        assert (old, [0, -errno.EAGAIN]) == (fields["pfns"].tolist(), fields["status"].tolist())
+
+
 class TestPutbackMovablePages:
     def test_as_before(self):
         """What was isolated is on its list again, and counted there."""
@@ -376,3 +416,26 @@ class TestAllocMigrationTarget:
         assert {1} == set(mem.page_to_nid(pfns).tolist())
         assert pfns.size < 256
         put_page(mem, pfns)
+
+
+class TestReaders:
+    def test_of_a_file(self):
+        """Who reads a file while its pages move finds what is in them, locked or not."""
+
+        def scenario(together):
+            world = two_nodes(1, nodes=("2MiB", "2MiB"))
+            mem, data = world.machine.mem, bytes(range(256)) * 32
+            file, _ = disk_file(world.machine, data)
+            assert data == file.read(0, len(data))
+            lru_add_drain_all(mem)
+            pfns = file.f_mapping.i_pages.load(np.arange(2))
+            assert migrate_page_add(mem, pfns).all()
+
+            _, found = together(
+                lambda: migrate_pages(mem, pfns, alloc_migration_target(mem, 1)),
+                lambda: file.read(0, len(data)),
+            )
+
+            assert data == found
+
+        assert 5 < explore(scenario, preemptions=2)
