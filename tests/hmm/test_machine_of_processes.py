@@ -195,7 +195,6 @@ class Processes(Families, RuleBasedStateMachine):
             member.process.madvise(at(page), PAGE_SIZE, "remove")
             found = member.pages[page]
             assert found.shared
-            assert found.prot == "rw"
             found.behind.holds(found.index, {ZEROS})
 
     @rule(who=WHO, pages=ranges(), advice=st.sampled_from(FORK_ADVICE))
@@ -346,9 +345,11 @@ class Processes(Families, RuleBasedStateMachine):
                 member.fd.register(*span(pages), modes)
             else:
                 member.fd.unregister(*span(pages))
+            asked = frozenset(modes.split("|")) - {""}
             for page in member.own(pages):
-                page.uffd = frozenset(modes.split("|")) - {""}
-                page.guarded &= "wp" in page.uffd
+                if not (asked and asked <= page.uffd):
+                    page.uffd = asked
+                    page.guarded &= "wp" in asked
 
     @rule(who=WHO, page=PAGE, zeros=st.booleans())
     def bring(self, who: int, page: int, zeros: bool) -> None:
