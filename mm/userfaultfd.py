@@ -101,7 +101,8 @@ class UserfaultFd(UserfaultfdCtx):
         """Have the faults in [*addr*, *addr* + *length*) reported here.
 
         *mode*: "missing" for accesses to what has no page, "wp" for stores to what is
-        write-protected, or both, "missing|wp". It takes the place of the mode that a VMA had.
+        write-protected, or both, "missing|wp". It takes the place of the mode that a VMA had,
+        unless that had all of it.
         Raises InvalidArgument for memory that cannot have it, PermissionDenied for memory that may
         never be written, Busy where another fd has it; then nothing has changed.
         Linux: userfaultfd_register(), fs/userfaultfd.c.
