@@ -25,7 +25,8 @@ from mm.typing import PAGE_SIZE
 from tests.hmm.hmm_tests import NPAGES, NTIMES, contents, hmm_tests, same
 
 FEW = 4
-SIZE = NPAGES * PAGE_SIZE
+SOME = 256
+LENGTH = SOME * PAGE_SIZE
 
 
 @pytest.fixture(params=[False, True], ids=["private", "public"])
@@ -127,18 +128,18 @@ class TestShared:
 
 @pytest.fixture(params=["memfd", "1KiB", "4KiB"])
 def file(hmm, request, tmp_path):
-    """A file of 1024 pages, page i of which holds i: in memory, or on a disk of such blocks."""
+    """A file of 256 pages, page i of which holds i: in memory, or on a disk of such blocks."""
     if request.param == "memfd":
         with hmm.machine.memfd_create("data") as file:
-            file.write(0, contents(NPAGES).tobytes())
+            file.write(0, contents(SOME).tobytes())
             yield file
             hmm.process.exit()
         return
     with (
-        hmm.machine.mount(tmp_path / "disk", request.param, "8MiB") as fs,
+        hmm.machine.mount(tmp_path / "disk", request.param, "2MiB") as fs,
         fs.create("data") as file,
     ):
-        file.write(0, contents(NPAGES).tobytes())
+        file.write(0, contents(SOME).tobytes())
         file.fsync()
         yield file
         hmm.process.exit()
@@ -147,27 +148,27 @@ def file(hmm, request, tmp_path):
 class TestFiles:
     def test_file_read(self, hmm, file):
         """The device reads what is in the file, also what memory has forgotten."""
-        addr = hmm.process.mmap(SIZE, file=file)
+        addr = hmm.process.mmap(LENGTH, file=file)
         hmm.machine.drop_caches()
 
-        answer = hmm.zero.read(addr, NPAGES)
+        answer = hmm.zero.read(addr, SOME)
 
-        assert (NPAGES, 1) == (answer.cpages, answer.faults)
-        assert same(contents(NPAGES), answer.data)
+        assert (SOME, 1) == (answer.cpages, answer.faults)
+        assert same(contents(SOME), answer.data)
 
     def test_file_write(self, hmm, file):
         """What the device writes is in the mapping, in the file, and where that is stored."""
-        addr = hmm.process.mmap(SIZE, file=file)
+        addr = hmm.process.mmap(LENGTH, file=file)
 
-        answer = hmm.zero.write(addr, NPAGES, contents(NPAGES, first=7))
+        answer = hmm.zero.write(addr, SOME, contents(SOME, first=7))
 
-        assert (NPAGES, 1) == (answer.cpages, answer.faults)
-        assert same(contents(NPAGES, first=7), hmm.read(addr))
-        assert contents(NPAGES, first=7).tobytes() == file.read(0, SIZE)
-        hmm.process.munmap(addr, SIZE)
+        assert (SOME, 1) == (answer.cpages, answer.faults)
+        assert same(contents(SOME, first=7), hmm.read(addr, SOME))
+        assert contents(SOME, first=7).tobytes() == file.read(0, LENGTH)
+        hmm.process.munmap(addr, LENGTH)
         file.fsync()
         hmm.machine.drop_caches()
-        assert contents(NPAGES, first=7).tobytes() == file.read(0, SIZE)
+        assert contents(SOME, first=7).tobytes() == file.read(0, LENGTH)
 
     def test_file_write_of_a_child(self, hmm, file, fork):
         """A child's device writes to the file, or to copies where the mapping is private."""
@@ -185,14 +186,14 @@ class TestFiles:
 
     def test_migrate_shared_file(self, hmm, file):
         """Pages of files do not migrate, whether they are mapped, in memory, or neither."""
-        addr = hmm.process.mmap(SIZE, file=file)
+        addr = hmm.process.mmap(LENGTH, file=file)
         hmm.machine.drop_caches()
         hmm.read(addr, FEW)
 
         with pytest.raises(NoEntry):
-            hmm.zero.migrate_to_device(addr, NPAGES)
+            hmm.zero.migrate_to_device(addr, SOME)
 
-        assert same(contents(NPAGES), hmm.read(addr))
+        assert same(contents(SOME), hmm.read(addr, SOME))
 
     def test_migrate_private_file(self, hmm, file, fork):
         """As recorded, copies of a file's pages migrate, and those of the file stay."""
@@ -214,15 +215,15 @@ class TestFiles:
     @pytest.mark.parametrize("flags", ["file|shared", "file|private"])
     def test_file_teardown(self, hmm, file, way, flags):
         """The file is cut in two while the device works: it gets everything, or an error."""
-        for turn in range(3):
-            file.write(0, contents(256).tobytes())
-            addr, half = hmm.process.mmap(256 * PAGE_SIZE, flags=flags, file=file), 128 * PAGE_SIZE
+        for turn in range(2):
+            file.write(0, contents(SOME).tobytes())
+            addr, half = hmm.process.mmap(LENGTH, flags=flags, file=file), 128 * PAGE_SIZE
             hmm.read(addr, turn * 100)
             thread = threading.Thread(target=file.truncate, args=(half,))
             thread.start()
             try:
-                more = (contents(256, first=7),) if way == "write" else ()
-                assert 256 == getattr(hmm.zero, way)(addr, 256, *more).cpages
+                more = (contents(SOME, first=7),) if way == "write" else ()
+                assert SOME == getattr(hmm.zero, way)(addr, SOME, *more).cpages
             except MmError as error:
                 expected = (BusError, InvalidArgument, NoEntry, Busy)
                 assert isinstance(error, expected)  # noqa: PT017
@@ -230,10 +231,10 @@ class TestFiles:
             with pytest.raises(BusError):
                 hmm.process.read(addr + half, 1)
             with pytest.raises(BusError):
-                hmm.zero.read(addr, 256)
+                hmm.zero.read(addr, SOME)
             if way != "write":
                 assert same(contents(128), hmm.read(addr, 128))
-            hmm.process.munmap(addr, 256 * PAGE_SIZE)
+            hmm.process.munmap(addr, LENGTH)
 
 
 class TestCow:
