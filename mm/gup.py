@@ -240,7 +240,8 @@ def faultin_page(vma: Vma, addrs: Addresses, unshare: Mask, gup_flags: int) -> F
     faults = np.empty(addrs.size, dtype=np.uint16)
     for kind in (True, False):
         which = unshare == kind
-        faults[which] = handle_mm_fault(vma, addrs[which], write=write, unshare=kind)
+        if some(which):
+            faults[which] = handle_mm_fault(vma, addrs[which], write=write, unshare=kind)
     return faults
 
 

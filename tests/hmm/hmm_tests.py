@@ -23,7 +23,7 @@ class Fixture:
     """A process that has two devices of one kind open."""
 
     def __init__(self, *, public: bool) -> None:
-        self.machine = Machine(("64MiB", "64MiB"), swap="16MiB")
+        self.machine = Machine(("64MiB", "64MiB"), swap="16MiB", max_physmem="1GiB")
         self.public = public
         self.process = self.machine.spawn("hmm-tests")
         devices = [DmirrorDevice(self.machine, n, public=public) for n in (0, 1)]

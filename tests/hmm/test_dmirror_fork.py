@@ -10,6 +10,7 @@ import pytest
 
 from hmm.dmirror import PROT_DEV_COHERENT_LOCAL, PROT_DEV_PRIVATE_LOCAL, PROT_WRITE, Dmirror
 from mm.errors import (
+    BusError,
     Busy,
     InvalidArgument,
     MmError,
@@ -24,6 +25,8 @@ from mm.typing import PAGE_SIZE
 from tests.hmm.hmm_tests import NPAGES, NTIMES, contents, hmm_tests, same
 
 FEW = 4
+SOME = 256
+LENGTH = SOME * PAGE_SIZE
 
 
 @pytest.fixture(params=[False, True], ids=["private", "public"])
@@ -122,18 +125,116 @@ class TestShared:
 
         assert same(contents(NPAGES), hmm.read(addr))
 
-    def test_file_read_and_write(self, hmm):
-        """A device reads a file through a shared mapping, and what it writes is in the file."""
-        file = hmm.machine.memfd_create("data")
-        file.write(0, contents(FEW).tobytes())
-        addr = hmm.process.mmap(FEW * PAGE_SIZE, file=file)
 
-        assert same(contents(FEW), hmm.zero.read(addr, FEW).data)
-        hmm.zero.write(addr, FEW, contents(FEW, first=7))
+@pytest.fixture(params=["memfd", "1KiB", "4KiB"])
+def file(hmm, request, tmp_path):
+    """A file of 256 pages, page i of which holds i: in memory, or on a disk of such blocks."""
+    if request.param == "memfd":
+        with hmm.machine.memfd_create("data") as file:
+            file.write(0, contents(SOME).tobytes())
+            yield file
+            hmm.process.exit()
+        return
+    with (
+        hmm.machine.mount(tmp_path / "disk", request.param, "2MiB") as fs,
+        fs.create("data") as file,
+    ):
+        file.write(0, contents(SOME).tobytes())
+        file.fsync()
+        yield file
+        hmm.process.exit()
+
+
+class TestFiles:
+    def test_file_read(self, hmm, file):
+        """The device reads what is in the file, also what memory has forgotten."""
+        addr = hmm.process.mmap(LENGTH, file=file)
+        hmm.machine.drop_caches()
+
+        answer = hmm.zero.read(addr, SOME)
+
+        assert (SOME, 1) == (answer.cpages, answer.faults)
+        assert same(contents(SOME), answer.data)
+
+    def test_file_write(self, hmm, file):
+        """What the device writes is in the mapping, in the file, and where that is stored."""
+        addr = hmm.process.mmap(LENGTH, file=file)
+
+        answer = hmm.zero.write(addr, SOME, contents(SOME, first=7))
+
+        assert (SOME, 1) == (answer.cpages, answer.faults)
+        assert same(contents(SOME, first=7), hmm.read(addr, SOME))
+        assert contents(SOME, first=7).tobytes() == file.read(0, LENGTH)
+        hmm.process.munmap(addr, LENGTH)
+        file.fsync()
+        hmm.machine.drop_caches()
+        assert contents(SOME, first=7).tobytes() == file.read(0, LENGTH)
+
+    def test_file_write_of_a_child(self, hmm, file, fork):
+        """A child's device writes to the file, or to copies where the mapping is private."""
+        shared = hmm.process.mmap(FEW * PAGE_SIZE, file=file)
+        private = hmm.process.mmap(FEW * PAGE_SIZE, flags="file|private", file=file)
+        child, mirror = fork()
+
+        with running(child):
+            mirror.write(shared, FEW, contents(FEW, first=7))
+            mirror.write(private, FEW, contents(FEW, first=9))
 
         assert contents(FEW, first=7).tobytes() == file.read(0, FEW * PAGE_SIZE)
-        hmm.process.munmap(addr, FEW * PAGE_SIZE)
-        file.close()
+        assert same(contents(FEW, first=7), hmm.read(private, FEW))
+        assert same(contents(FEW, first=9), hmm.read(private, FEW, child))
+
+    def test_migrate_shared_file(self, hmm, file):
+        """Pages of files do not migrate, whether they are mapped, in memory, or neither."""
+        addr = hmm.process.mmap(LENGTH, file=file)
+        hmm.machine.drop_caches()
+        hmm.read(addr, FEW)
+
+        with pytest.raises(NoEntry):
+            hmm.zero.migrate_to_device(addr, SOME)
+
+        assert same(contents(SOME), hmm.read(addr, SOME))
+
+    def test_migrate_private_file(self, hmm, file, fork):
+        """As recorded, copies of a file's pages migrate, and those of the file stay."""
+        addr = hmm.process.mmap(FEW * PAGE_SIZE, flags="file|private", file=file)
+        hmm.process.write(addr, contents(2, first=7))
+        hmm.read(addr, FEW)
+        with pytest.raises(NoEntry):
+            hmm.zero.migrate_to_device(addr, FEW)
+        child, _ = fork()
+
+        file.write(0, contents(FEW, first=5).tobytes())
+
+        assert 2 == hmm.zero.migrate_to_system(addr, FEW).cpages
+        expected = np.concatenate((contents(2, first=7), contents(2, first=7)))
+        for process in (hmm.process, child):
+            assert same(expected, hmm.read(addr, FEW, process))
+
+    @pytest.mark.parametrize("way", ["read", "write", "migrate_to_device", "exclusive", "snapshot"])
+    @pytest.mark.parametrize("flags", ["file|shared", "file|private"])
+    def test_file_teardown(self, hmm, file, way, flags):
+        """The file is cut in two while the device works: it gets everything, or an error."""
+        for turn in range(2):
+            file.write(0, contents(SOME).tobytes())
+            addr, half = hmm.process.mmap(LENGTH, flags=flags, file=file), 128 * PAGE_SIZE
+            hmm.read(addr, turn * 100)
+            thread = threading.Thread(target=file.truncate, args=(half,))
+            thread.start()
+            try:
+                more = (contents(SOME, first=7),) if way == "write" else ()
+                assert SOME == getattr(hmm.zero, way)(addr, SOME, *more).cpages
+            except MmError as error:
+                expected = (BusError, InvalidArgument, NoEntry, Busy)
+                assert isinstance(error, expected)  # noqa: PT017
+            thread.join()
+            with pytest.raises(BusError):
+                hmm.process.read(addr + half, 1)
+            with pytest.raises(BusError):
+                hmm.zero.read(addr, SOME)
+            if way != "write":
+                assert same(contents(128), hmm.read(addr, 128))
+            hmm.process.munmap(addr, LENGTH)
 
 
 class TestCow:
@@ -219,6 +320,36 @@ class TestTeardown:
             mirror.close()
             assert same(contents(256), hmm.read(addr, 256))
             hmm.machine.verify()
+
+    @pytest.mark.parametrize("who", ["parent", "child"])
+    def test_migrate_release(self, hmm, fork, who):
+        """What a device gives back all have again without a fault, whoever asks it to."""
+        addr = hmm.filled()
+        hmm.zero.migrate_to_device(addr, NPAGES)
+        child, mirror = fork()
+
+        (hmm.zero if who == "parent" else mirror).release()
+
+        for process in (hmm.process, child):
+            before = process.min_flt
+            assert same(contents(NPAGES), hmm.read(addr, process=process))
+            assert before == process.min_flt
+
+    @pytest.mark.parametrize("offset", [0, 128, 256], ids=lambda offset: f"{offset * 4}K")
+    @pytest.mark.parametrize("who", ["parent", "child"])
+    def test_migrate_partial_unmap_fault(self, hmm, fork, offset, who):
+        """One of two unmaps 1 MiB of 2 MiB on the device; the other reads all, it the rest."""
+        addr = hmm.filled(512)
+        hmm.zero.migrate_to_device(addr, 512)
+        child, _ = fork()
+        one, other = (hmm.process, child) if who == "parent" else (child, hmm.process)
+
+        one.munmap(addr + offset * PAGE_SIZE, 256 * PAGE_SIZE)
+
+        for first, count in ((0, offset), (offset + 256, 256 - offset)):
+            rest = hmm.read(addr + first * PAGE_SIZE, count, one)
+            assert same(contents(count, first=first), rest)
+        assert same(contents(512), hmm.read(addr, 512, other))
 
     def test_file_closes_at_the_exit_of_a_child(self, hmm):
         """As recorded, a child's file that closes evicts the device's pages of all processes."""

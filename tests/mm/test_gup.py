@@ -17,6 +17,7 @@ from mm.swap import GUP_PIN_COUNTING_BIAS, lru_add_drain_all, page_maybe_dma_pin
 from mm.swapops import SWP_SOFT_DIRTY, is_device_private_entry, is_write_device_private_entry
 from mm.types import VM_IO, VM_MAYREAD, VM_MAYWRITE, VM_PFNMAP, VM_SOFTDIRTY
 from mm.typing import PAGE_SIZE
+from tests.files import mapped_file
 from tests.interleave import explore
 from tests.mm.test_rmap import migrating
 from tests.reference import gup as twin
@@ -188,6 +189,17 @@ class TestUnsharing:
         world.process.write(world.addr, b"\7")
         assert [0 if plain else 7] == contents(world, pins[0])
         pins.pop().release()
+
+    def test_pages_of_a_file_for_long(self):
+        """All of a private mapping that was only read is copied, as the file is not to be pinned."""
+        world = mapped_file(pages=3).private()
+        assert world.intact()
+
+        with world.process.pin(world.addr, world.nbytes, write=False, longterm=True) as pin:
+            assert world.pfns().tolist() == pin.pfns.tolist()
+            assert [True] * 3 == own(world)
+            assert not set(pin.pfns.tolist()) & set(world.cache().tolist())
+        assert world.intact()
 
     def test_sole_owner(self):
         """A page that others have left is the process's own again, without a copy."""
