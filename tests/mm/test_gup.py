@@ -191,7 +191,7 @@ class TestUnsharing:
         pins.pop().release()
 
     def test_pages_of_a_file_for_long(self):
-        """All of a private mapping that was only read is copied, as the file is not to be pinned."""
+        """A private mapping that was only read is copied, as the file is not to be pinned."""
         world = mapped_file(pages=3).private()
         assert world.intact()
 
