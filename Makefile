@@ -13,7 +13,7 @@ NOTEBOOKS = $(wildcard samples/*.ipynb samples/*/*.ipynb)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check lint bench clean
+.PHONY: help run test check lint cover bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,14 +24,17 @@ run: $(VENV)/.run  ## replay a page-access trace against a device: make run ARGS
 test: $(VENV)/.test  ## run the tests: make test ARGS="tests/mm -k buddy"
 	$(PYTEST) $(ARGS)
 
-check: lint  ## lint, format, types, floors, tests with coverage, notebooks
-	$(PYTEST) --cov --cov-report=term $(if $(NOTEBOOKS),--nbmake) tests $(NOTEBOOKS)
+check: lint  ## lint, format, types, floors, tests, notebooks
+	$(PYTEST) $(if $(NOTEBOOKS),--nbmake) tests $(NOTEBOOKS)
 
 lint: $(VENV)/.test  ## lint, format, types, floors
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+cover: $(VENV)/.test  ## which lines and branches the tests reach
+	$(PYTEST) --cov --cov-report=term
 
 bench: $(VENV)/.run  ## what this machine reaches: make bench ARGS=--json
 	@$(BIN)/hmm bench $(ARGS)

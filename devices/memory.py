@@ -15,14 +15,13 @@ import numpy as np
 from devices.chunks import Chunks, chunk_pages
 from devices.moved import Moved, Stats
 from devices.ops import DeviceOps
-from hmm.device_pgtable import DevicePageTable
+from hmm.device_pgtable import DevicePageTable, migrated_entries
 from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import (
     MIGRATE_PFN_ERROR,
     MIGRATE_PFN_LOCKED,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
-    MIGRATE_PFN_WRITE,
     MigratePfns,
     is_migrating,
     is_valid,
@@ -51,7 +50,7 @@ from mm.rmap import rmap_walk
 from mm.sched import running
 from mm.swap import get_page, put_page
 from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
-from mm.types import VM_WRITE, MemoryType, MmStruct, Vma, VmFault
+from mm.types import MemoryType, MmStruct, Vma, VmFault
 from mm.typing import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -64,7 +63,7 @@ from mm.typing import (
     number,
     word,
 )
-from mm.vectors import distinct, every, has, pieces, places, some
+from mm.vectors import distinct, every, pieces, places, some
 
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
 
@@ -313,13 +312,13 @@ class DeviceMemory(ABC):
         """Linux: finalize_and_map() of struct migrate_vma_ops."""
         moved = places(is_migrating(src) & is_valid(dst))
         if private is Direction.TO_DEVICE:
-            hole = ~is_valid(src[moved])
-            writable = np.where(
-                hole, bool(vma.vm_flags & VM_WRITE), has(src[moved], MIGRATE_PFN_WRITE)
-            )
-            table, addrs = self.table_of(vma.vm_mm), start + (moved << PAGE_SHIFT)
-            with vma.vm_mm.page_table_lock:
-                table.map(addrs, migrate_pfn_to_pfn(dst[moved]), writable)
+            mm, addrs = vma.vm_mm, start + (moved << PAGE_SHIFT)
+            table, words = self.table_of(mm), dst[moved]
+            with mm.page_table_lock:
+                there, writable = migrated_entries(mm, addrs, src[moved], words)
+                if not every(there):
+                    addrs, words, writable = addrs[there], words[there], writable[there]
+                table.map(addrs, migrate_pfn_to_pfn(words), writable)
             self.stats.pages_to_device += moved.size
         else:
             self.stats.pages_to_system += moved.size

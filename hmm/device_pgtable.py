@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 
+from hmm.migrate_pfn import MigratePfns, is_valid, migrate_pfn_to_pfn
 from mm.errors import InvalidArgument
 from mm.mmu_notifier import (
     MmuNotifierRange,
@@ -19,10 +20,26 @@ from mm.mmu_notifier import (
     mmu_notifier_unregister_no_release,
 )
 from mm.pagewalk import free_pgtables, walk_page_range
-from mm.pgtable import _PAGE_PRESENT, _PAGE_RW, mk_pte, pte_alloc_each, pte_offset
+from mm.pgtable import (
+    _PAGE_PRESENT,
+    _PAGE_RW,
+    mk_pte,
+    pte_alloc_each,
+    pte_offset,
+    pte_pfn,
+    pte_present,
+    pte_write,
+)
+from mm.swapops import (
+    is_device_private_entry,
+    is_migration_entry,
+    is_write_device_private_entry,
+    is_write_migration_entry,
+    swp_offset,
+)
 from mm.types import MemMap, MmStruct
 from mm.typing import PAGE_SIZE, Addresses, Mask, Pfns, Ptes, pages
-from mm.vectors import places
+from mm.vectors import every, places
 
 ADDRESS_SPACE: Final = 1 << 57
 _MIGRATE: Final = MmuNotifyEvent.MIGRATE  # members of an Enum are slow to look up
@@ -75,6 +92,40 @@ class DeviceTable:
         self.mem.device_pgds.remove(pgd)
 
 
+def migrated_entries(
+    mm: MmStruct, addrs: Addresses, src: MigratePfns, dst: MigratePfns
+) -> tuple[Mask, Mask]:
+    """Where *mm* still has what migrates from src[i] to dst[i] at addrs[i], and may store to it.
+
+    For finalize_and_map(), with page_table_lock held: MADV_DONTNEED and the write protection of
+    userfaultfd need mmap_sem only for read, as the migration does, and truncating a file not even
+    that. What they did meanwhile is in the migration entries, or is not any more.
+    """
+    pool = mm.mem.tables
+    ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
+    there = is_migration_entry(ptes) & (swp_offset(ptes) == migrate_pfn_to_pfn(src))
+    writable, full = is_write_migration_entry(ptes), is_valid(src)
+    if every(full):
+        return there, writable
+    private, present = is_device_private_entry(ptes), pte_present(ptes)
+    new = migrate_pfn_to_pfn(dst)
+    filled = (private & (swp_offset(ptes) == new)) | (present & (pte_pfn(ptes) == new))
+    may = np.where(private, is_write_device_private_entry(ptes), pte_write(ptes))
+    return np.where(full, there, filled), np.where(full, writable, may)
+
+
+def settled(mm: MmStruct, start: int, end: int, owner: object) -> bool:
+    """True if nobody invalidates any of [*start*, *end*), but for the migrations of *owner*."""
+    return not any(
+        invalid.start < end and start < invalid.end and not _ours(invalid, owner)
+        for invalid in tuple(mm.invalidating)
+    )
+
+
+def _ours(invalid: MmuNotifierRange, owner: object) -> bool:
+    return invalid.event is _MIGRATE and invalid.owner is owner
+
+
 class DevicePageTable(DeviceTable):
     """What the device with *owner* may reach of *mm*. All methods want no lock held.
 
@@ -113,10 +164,7 @@ class DevicePageTable(DeviceTable):
             )
 
     def _settled(self, start: int, end: int) -> bool:
-        return not any(
-            invalid.start < end and start < invalid.end and not self._ours(invalid)
-            for invalid in tuple(self.mm.invalidating)
-        )
+        return settled(self.mm, start, end, self.owner)
 
     def invalidate_range_start(self, invalid: MmuNotifierRange) -> None:
         """Forget the range, unless it is invalidated for the device's own migration.
@@ -124,15 +172,12 @@ class DevicePageTable(DeviceTable):
         Then the device knows better than to forget what does not move, and corrects the rest in
         finalize_and_map().
         """
-        if not self._ours(invalid):
+        if not _ours(invalid, self.owner):
             with self.mm.page_table_lock:
                 self.clear(invalid.start, invalid.end)
 
     def invalidate_range_end(self, invalid: MmuNotifierRange) -> None:
         """Nothing to do: settle() asks the mm which ranges are being invalidated."""
-
-    def _ours(self, invalid: MmuNotifierRange) -> bool:
-        return invalid.event is _MIGRATE and invalid.owner is self.owner
 
     def release(self, mm: MmStruct) -> None:
         """The process goes: give all tables back."""

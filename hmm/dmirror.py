@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hmm.device_pgtable import ADDRESS_SPACE, DeviceTable
+from hmm.device_pgtable import ADDRESS_SPACE, DeviceTable, migrated_entries, settled
 from hmm.dmirror_device import DmirrorDevice, MigrationRecord
 from hmm.migrate import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
 from hmm.migrate_pfn import (
@@ -339,14 +339,17 @@ class Dmirror(MmuIntervalNotifier):
         dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED | writable * MIGRATE_PFN_WRITE
 
     def _finalize_and_map(self, migrate: MigrateVma) -> None:
-        """Linux: dmirror_migrate_finalize_and_map()."""
+        """Unlike the recorded driver, map nothing that the process has given up meanwhile.
+
+        Linux: dmirror_migrate_finalize_and_map().
+        """
         moved = places(is_migrating(migrate.src) & is_valid(migrate.dst))
-        words = migrate.dst[moved]
-        writable = has(words, MIGRATE_PFN_WRITE)
-        with self.mutex:
-            self.table.store(
-                migrate.start + (moved << PAGE_SHIFT), _entries(migrate_pfn_to_pfn(words), writable)
-            )
+        addrs, words = migrate.start + (moved << PAGE_SHIFT), migrate.dst[moved]
+        with self.mutex, self.mm.page_table_lock:
+            there, writable = migrated_entries(self.mm, addrs, migrate.src[moved], words)
+            there &= settled(self.mm, migrate.start, migrate.end, self.device)
+            entries = _entries(migrate_pfn_to_pfn(words[there]), writable[there])
+            self.table.store(addrs[there], entries)
 
     def _do_read(self, addr: int, out: Payload) -> int:
         """Copy pages from *addr* on to *out* up to the first that is missing; how many.

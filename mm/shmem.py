@@ -408,16 +408,23 @@ def shmem_fallocate(file: File, mode: int, pos: int, nbytes: int) -> None:
 
 
 def shmem_setattr(inode: Inode, size: int) -> None:
-    """Let *inode* have *size* bytes. Linux: shmem_setattr(), mm/shmem.c."""
+    """Let *inode* have *size* bytes; a Deadlock leaves it those that it has.
+
+    Linux: shmem_setattr(), mm/shmem.c.
+    """
     old, inode.i_size = inode.i_size, size
     if size >= old:
         return
     hole = -(-size // PAGE_SIZE) * PAGE_SIZE
-    if old > hole:  # twice: a fault that saw the old size may bring a private copy meanwhile
-        unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
-    shmem_undo_range(inode.i_mapping, size, EVERYTHING)
-    if old > hole:
-        unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
+    try:
+        if old > hole:  # twice: a fault that saw the old size may bring a private copy meanwhile
+            unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
+        shmem_undo_range(inode.i_mapping, size, EVERYTHING)
+        if old > hole:
+            unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
+    except BaseException:
+        inode.i_size = old
+        raise
 
 
 def shmem_evict_inode(inode: Inode) -> None:

@@ -156,14 +156,19 @@ def clear_shadow_entries(mapping: AddressSpace, indexes: Indices, entries: Entri
 def truncate_setsize(inode: Inode, newsize: int) -> None:
     """Let *inode* have *newsize* bytes, and drop the pages beyond. The caller holds i_rwsem.
 
+    A Deadlock, where the thread has locked one of those itself, leaves the file its size.
     Linux: truncate_setsize() and truncate_pagecache(), mm/truncate.c.
     """
-    inode.i_size = newsize
+    oldsize, inode.i_size = inode.i_size, newsize
     hole = (newsize + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
-    # Twice: a fault that saw the old size may have brought private copies while pages went.
-    unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
-    truncate_inode_pages_range(inode.i_mapping, newsize, EVERYTHING)
-    unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
+    try:
+        # Twice: a fault that saw the old size may have brought private copies while pages went.
+        unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
+        truncate_inode_pages_range(inode.i_mapping, newsize, EVERYTHING)
+        unmap_mapping_range(inode.i_mapping, hole, EVERYTHING, even_cows=True)
+    except BaseException:
+        inode.i_size = oldsize
+        raise
 
 
 def invalidate_inode_pages2_range(mapping: AddressSpace, start: int, end: int) -> bool:

@@ -181,6 +181,11 @@ class Page:
         else:
             self.may = set(new) if sure else new | self.may
 
+    def maybe_copied(self) -> None:
+        """The process may have a copy of its own of what is behind it, though it stored nothing."""
+        if self.behind is not None and not self.shared:
+            self.may = self.may | self.choices()
+
     def allows(self, *, write: bool) -> bool:
         return self.prot == "rw" or (self.prot == "r" and not write)
 

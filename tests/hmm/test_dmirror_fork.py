@@ -4,6 +4,7 @@ Each runs on a private device and on a public one, as those in test_dmirror.py.
 """
 
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.sched import running
 from mm.typing import PAGE_SIZE
 from tests.hmm.hmm_tests import NPAGES, NTIMES, contents, hmm_tests, same
+from tests.interleave import explore
 
 FEW = 4
 SOME = 256
@@ -350,6 +352,26 @@ class TestTeardown:
             rest = hmm.read(addr + first * PAGE_SIZE, count, one)
             assert same(contents(count, first=first), rest)
         assert same(contents(512), hmm.read(addr, 512, other))
+
+    def test_given_up_while_it_migrates(self, hmm):
+        """What goes while it is in the driver is in no mirror, whatever comes first."""
+        public = hmm.public
+
+        def scenario(together):
+            with hmm_tests(public=public) as own:
+                addr = own.filled(2)
+                give_up = lambda: own.process.madvise(addr, 2 * PAGE_SIZE, "dontneed")  # noqa: E731
+
+                def take():
+                    with suppress(NoEntry):
+                        own.zero.migrate_to_device(addr, 2)
+
+                together(take, give_up)
+
+                assert same(contents(2) * 0, own.zero.read(addr, 2).data)
+                assert same(contents(2) * 0, own.read(addr, 2))
+
+        assert explore(scenario, preemptions=1) > 10
 
     def test_file_closes_at_the_exit_of_a_child(self, hmm):
         """As recorded, a child's file that closes evicts the device's pages of all processes."""

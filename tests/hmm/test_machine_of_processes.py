@@ -150,6 +150,7 @@ class Processes(Families, RuleBasedStateMachine):
                 member.process.mprotect(*span(pages), prot)
                 for page in member.own(pages):
                     page.prot = prot
+                    page.maybe_copied()  # where it is locked
 
     @rule(who=WHO, pages=ranges(), shift=st.integers(-PAGES, PAGES), keep=st.booleans())
     def mremap(self, who: int, pages: range, shift: int, keep: bool) -> None:
@@ -187,6 +188,8 @@ class Processes(Families, RuleBasedStateMachine):
                     page.guarded &= refused
                 elif advice == "free" and page.behind is None:
                     page.may = page.may | {None}
+                elif advice == "populate_write":
+                    page.maybe_copied()
 
     @rule(who=WHO, page=PAGE)
     def madvise_remove(self, who: int, page: int) -> None:
@@ -215,6 +218,8 @@ class Processes(Families, RuleBasedStateMachine):
     @rule(who=WHO, pages=ranges(), lock=st.booleans(), onfault=st.booleans())
     def mlock(self, who: int, pages: range, lock: bool, onfault: bool) -> None:
         with self.member(who) as member, suppress(MmError):
+            for page in member.own(pages):
+                page.maybe_copied()
             if lock:
                 member.process.mlock(*span(pages), onfault=onfault)
             else:
@@ -260,6 +265,8 @@ class Processes(Families, RuleBasedStateMachine):
     def pin(self, who: int, pages: range, write: bool, longterm: bool, plain: bool) -> None:
         longterm = longterm and not plain
         with self.member(who) as member, suppress(MmError):
+            for page in member.own(pages):
+                page.maybe_copied()
             hold = member.process.pin
             self.pins.append(hold(*span(pages), write=write, longterm=longterm, plain=plain))
 
@@ -430,6 +437,7 @@ class Processes(Families, RuleBasedStateMachine):
                 due = page.due(write=True)
                 assert stopped or not due
                 if not due:
+                    page.maybe_copied()
                     page.stored(data, sure=not stopped)
                     page.guarded &= stopped
 
@@ -445,7 +453,9 @@ class Processes(Families, RuleBasedStateMachine):
 
     @rule(who=WHO, device=DEVICES, pages=ranges())
     def exclusive(self, who: int, device: int, pages: range) -> None:
-        with self.mirror(who, device) as (_, mirror), suppress(MmError):
+        with self.mirror(who, device) as (member, mirror), suppress(MmError):
+            for page in member.own(pages):
+                page.maybe_copied()
             mirror.exclusive(at(pages.start), len(pages))
 
     @rule(who=WHO, device=DEVICES)

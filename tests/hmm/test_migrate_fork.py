@@ -14,14 +14,14 @@ from hmm.migrate_device import (
     migrate_device_pages,
     migrate_device_range,
 )
-from mm import PAGE_SIZE, Busy, Deadlock, InvalidArgument
+from mm import PAGE_SIZE, BusError, Busy, Deadlock, InvalidArgument
 from mm.page_flags import PG_anon_exclusive
 from mm.pgtable import pte_present
 from mm.swapops import is_migration_entry
 from tests.hmm.callbacks import migrate, raises
 from tests.hmm.ranges import reasons
 from tests.interleave import explore
-from tests.world import mapped_range
+from tests.world import in_step, mapped_range
 
 
 def family(pages=3, **options):
@@ -188,6 +188,50 @@ class TestFromTheCallback:
 
         assert [True] * 3 == world.on_device()
         assert not world.gpu.closed
+        assert world.intact()
+
+
+@pytest.mark.parametrize("kind", ["private", "public"])
+@pytest.mark.parametrize("step", ["before", "after", "mapping"])
+class TestGivenUp:
+    """What needs mmap_sem no more than the migration does: the device must not map what is gone."""
+
+    @pytest.mark.parametrize("filled", [True, False], ids=["pages", "holes"])
+    def test_dontneed(self, kind, step, filled):
+        """What the process gives up meanwhile the device does not reach, nor whoever gets it."""
+        world = mapped_range(pages=3, kind=kind, filled=filled)
+        give_up = lambda s, d: world.process.madvise(world.at(1), PAGE_SIZE, "dontneed")  # noqa: E731
+
+        migrate(world, **{step: give_up})
+
+        assert in_step(world.gpu)
+        assert [0, 0, 2 * filled] == world.contents()
+        assert b"\0" == world.gpu.read(world.process, world.at(1), 1)
+
+    def test_dontneed_and_used_again(self, kind, step):
+        """Neither does it take the old page for the one that has come since."""
+        world = mapped_range(pages=3, kind=kind)
+
+        def give_up(src, dst):
+            world.process.madvise(world.at(1), PAGE_SIZE, "dontneed")
+            world.process.write(world.at(1), b"new")
+
+        migrate(world, **{step: give_up})
+
+        assert in_step(world.gpu)
+        assert b"new" == world.gpu.read(world.process, world.at(1), 3)
+
+    def test_write_protected(self, kind, step):
+        """A store by the device is userland's to allow as one by the CPU is."""
+        world = mapped_range(pages=3, kind=kind)
+        fd = world.process.userfaultfd("sigbus")
+        fd.register(world.addr, world.nbytes, "wp")
+
+        migrate(world, **{step: lambda s, d: fd.writeprotect(world.at(1), PAGE_SIZE)})
+
+        assert in_step(world.gpu)
+        with pytest.raises(BusError):
+            world.gpu.write(world.process, world.at(1), b"x")
         assert world.intact()
 
 
