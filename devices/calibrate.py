@@ -16,8 +16,9 @@ from devices.conformance.rule import Device, Opener
 from devices.dma_fence import answer_of
 from devices.timing import Profile, Transfers
 from hmm.offload.device import OpenDevice
+from mm.errors import InvalidArgument
 from mm.machine import Machine
-from mm.memparse import Size, memparse
+from mm.memparse import Size, format_size, memparse
 from mm.pgtable import pte_offset, pte_pfn
 from mm.process import Process
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Payload, Pfns
@@ -33,8 +34,14 @@ def calibrate(
 ) -> Profile:
     """The profile of the device that *driver* opens, called *name*, with copies up to *largest*.
 
-    Raises InvalidArgument for what is no driver, and what the driver raises.
+    Raises InvalidArgument for what is no driver, or copies of less than 256 KiB, and what the
+    driver raises.
     """
+    if memparse(largest) < BATCHES[-1] * PAGE_SIZE:
+        raise InvalidArgument(
+            f"calibrate: copies up to {largest!r} say nothing; measure up to "
+            f"{format_size(BATCHES[-1] * PAGE_SIZE)} or more"
+        )
     return _Bench(driver, memparse(largest) >> PAGE_SHIFT, rounds).profile(name)
 
 

@@ -71,8 +71,6 @@ from mm.typing import (
 from mm.vectors import distinct, every, has, pieces, places, some
 
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
-OVERLAP_PAGES: Final = 3 << 14  # where copies overlap; glibc's stores past the caches need 192 MiB
-WORTH_OVERLAPPING: Final = 1 << 12  # pages, from which a range is cut so that its copies overlap
 
 _SERVED: Final = VmFault(0)
 _SHIFT: Final = number(PAGE_SHIFT)
@@ -451,12 +449,12 @@ class DeviceMemory(ABC):
         moved: Moved,
         wanted: Mask | None = None,
     ) -> None:
-        """migrate_vma() over [*start*, *end*), in pieces that suit the cache and the engines."""
+        """migrate_vma() over [*start*, *end*), in pieces whose copies may overlap."""
         to_device = direction is Direction.TO_DEVICE
         select = _SELECT_SYSTEM if to_device else SELECT_OWN[self.type]
         npages = (end - start) >> PAGE_SHIFT
         owner = self.owner
-        if npages <= WORTH_OVERLAPPING:
+        if npages <= TRANSFER_PAGES:
             src, dst = np.zeros((2, npages), dtype=np.uint64)
             moved.add(
                 migrate_vma(
@@ -473,8 +471,7 @@ class DeviceMemory(ABC):
                 )
             )
             return
-        step = min(OVERLAP_PAGES, -(-npages * 3 // 4)) if self.engines else TRANSFER_PAGES
-        bounds = [*range(start, end, step << PAGE_SHIFT), end]
+        bounds = [*range(start, end, TRANSFER_PAGES << PAGE_SHIFT), end]
         for piece in migrate_vma_pieces(
             self, vma, bounds, direction, select=select, pgmap_owner=owner, wanted=wanted
         ):

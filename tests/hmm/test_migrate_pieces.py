@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import devices.memory
-from devices import DeviceError, Faulty, NumpyDevice
+from devices import DeviceError, Faulty
 from devices.dma_fence import DmaFence
 from devices.wrappers import Wrapper
 from hmm.migrate_pieces import migrate_vma_pieces
@@ -44,8 +44,7 @@ class _Copy(DmaFence):
 
 @pytest.fixture
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(devices.memory, "WORTH_OVERLAPPING", PIECE)
-    monkeypatch.setattr(devices.memory, "OVERLAP_PAGES", PIECE)
+    monkeypatch.setattr(devices.memory, "TRANSFER_PAGES", PIECE)
 
 
 @pytest.mark.usefixtures("_small_pieces")
@@ -159,15 +158,3 @@ class TestPieces:
         assert steps
         assert b"\x55" * PAGE_SIZE == world.process.read(world.at(5), PAGE_SIZE)
         assert 0 == world.gpu._engines.threads
-
-    def test_without_engines(self):
-        """A driver that copies at once is asked for long pieces."""
-
-        class Plain(NumpyDevice):
-            engines = 0
-
-        world = mapped_range(pages=3 * PIECE, driver=Plain)
-        gpu = Unhurried(world.gpu)
-        gpu.to_device(world.process, world.addr, world.nbytes)
-
-        assert [("begin", 0), ("end", 0)] == gpu.seen
