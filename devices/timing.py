@@ -153,14 +153,13 @@ class Timeline:
     """Simulated time: when copies that begin now would be done.
 
     Copies in one direction queue for the link; those in the other go on beside them where the
-    link is duplex and an engine is free. now: microseconds since it was made.
+    link is duplex and there is an engine for either. now: microseconds since it was made.
     """
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.now = 0.0
         self._link = {TO_DEVICE: 0.0, TO_SYSTEM: 0.0}  # until when each direction is taken
-        self._engines = [0.0] * profile.engines
 
     def work(self, us: float) -> None:
         """The host is busy for so long."""
@@ -168,11 +167,10 @@ class Timeline:
 
     def copy(self, direction: str, npages: int) -> float:
         """Begin a copy of *npages*; when it is done."""
-        engine = int(np.argmin(self._engines))
-        ways = (direction,) if self.profile.duplex else tuple(self._link)
-        begin = max(self.now, self._engines[engine], *(self._link[way] for way in ways))
+        at_once = self.profile.duplex and self.profile.engines > 1
+        ways = (direction,) if at_once else tuple(self._link)
+        begin = max(self.now, *(self._link[way] for way in ways))
         end = begin + self.profile.copy_us(direction, npages)
-        self._engines[engine] = end
         for way in ways:
             self._link[way] = end
         return end

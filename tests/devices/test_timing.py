@@ -67,8 +67,8 @@ class TestTables:
         assert near(rate, 0.01) == (1 << 30) / load_profile("gh200").copy_us(direction, pages)
 
 
-POINTS = st.lists(st.tuples(st.floats(0.1, 100), st.floats(0, 50)), min_size=2, max_size=8).map(
-    lambda steps: np.cumsum(steps, axis=0) + [0, 0.01]
+POINTS = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 50)), min_size=2, max_size=8).map(
+    lambda steps: np.cumsum(steps, axis=0) + np.array([0, 0.01])
 )
 TRANSFERS = POINTS.map(lambda p: Transfers(tuple(p[:, 0].tolist()), tuple(p[:, 1].tolist())))
 PROFILES = st.builds(
@@ -103,11 +103,7 @@ class TestProfiles:
         table = tomllib.loads(profile.toml())
 
         assert profile.duplex == table["duplex"]
-        try:
-            found = load_profile(path)
-        except InvalidArgument as error:  # two sizes that six digits do not tell apart
-            assert "ascend" in error.strerror
-            return
+        found = load_profile(path)
         assert near(profile.to_system.us, 1e-5) == found.to_system.us
         assert (profile.engines, near(profile.page_us, 1e-5)) == (found.engines, found.page_us)
 
@@ -145,7 +141,7 @@ class TestProfiles:
 class TestTimeline:
     @given(profile=PROFILES, copies=COPIES)
     def test_bounds(self, profile, copies):
-        """Copies that begin at once are done neither before the longest lane nor after their sum."""
+        """Copies that begin at once are done when the longest lane is, or their sum."""
         timeline = Timeline(profile)
         ends = [timeline.copy(direction, npages) for direction, npages in copies]
         lanes = {TO_DEVICE: 0.0, TO_SYSTEM: 0.0}
