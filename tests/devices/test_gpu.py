@@ -6,7 +6,8 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from devices.conformance import RULES, Trials
+from devices.conformance import RULES
+from devices.conformance.suite import Trials
 from hmm.registry import load_driver
 from mm import PAGE_SIZE, Machine
 
