@@ -13,16 +13,20 @@ NOTEBOOKS = $(wildcard samples/*.ipynb samples/*/*.ipynb)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check lint cover bench clean
+.PHONY: help run test test-gpu check lint cover bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.run  ## replay a page-access trace against a device: make run ARGS="--memory 50%"
 	@$(BIN)/hmm run $(ARGS)
 
 test: $(VENV)/.test  ## run the tests: make test ARGS="tests/mm -k buddy"
 	$(PYTEST) $(ARGS)
+
+test-gpu: $(VENV)/.gpu  ## on a machine with an NVIDIA GPU: conformance, and what copies reach
+	$(BIN)/python -m pytest -m gpu tests/devices/test_gpu.py $(ARGS)
+	@$(BIN)/hmm calibrate cupy
 
 check: lint  ## lint, format, types, floors, tests, notebooks
 	$(PYTEST) $(if $(NOTEBOOKS),--nbmake) tests $(NOTEBOOKS)
@@ -59,3 +63,8 @@ $(VENV)/.test: pyproject.toml | $(BIN)/pip
 	@echo "installing into $(VENV), with the test tools" >&2
 	@$(PIP) install -e '.[cli,test]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.gpu: $(VENV)/.test
+	@echo "installing into $(VENV), with CuPy" >&2
+	@$(PIP) install -e '.[cli,test,cupy]'
+	@touch $@

@@ -365,7 +365,7 @@ class Driver(DeviceMemory):
                 ready = has(ptes, need)
                 used = near.size if every(ready) else int(np.argmin(ready))
                 pfns = pte_pfn(ptes[:used])
-                self._move_prefix(addr, near[:used], pfns, move)
+                self._move_prefix(addr, near[:used], pfns, move, write=write)
                 if write:
                     set_page_dirty(self.mem, pfns)
             done += used
@@ -376,8 +376,15 @@ class Driver(DeviceMemory):
                 self._fault_mm(mm, missing, np.full(missing.size, write))
 
     def _move_prefix(
-        self, addr: int, addrs: Addresses, pfns: Pfns, move: Callable[[Payload, int, Pfns], None]
+        self,
+        addr: int,
+        addrs: Addresses,
+        pfns: Pfns,
+        move: Callable[[Payload, int, Pfns], None],
+        *,
+        write: bool,
     ) -> None:
+        """Let *move* see *pfns*, at *addrs*; it changes what it sees where it is to *write*."""
         for run in stretches(pfns):
             for memory, _, rows in self._sides(pfns[run]):
                 move(memory, max(addr, addrs.item(run.start)), rows)

@@ -3,6 +3,7 @@
 Faulty(gpu, copy={"fail_at": 3})                       # the third copy, in or out, raises
 Faulty(gpu, copy_out={"fail_at": (1, 4), "how": "lose"})
 Faulty(gpu, seed=7, allocate={"share": 0.1})           # one allocation in ten, drawn from 7
+Faulty(gpu, copy={"fail_at": 2, "how": "hang"})         # a completion that never comes
 Faulty(gpu, lost_at=20)                                # at call 20 it falls off the bus
 """
 
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from devices.dma_fence import DmaFence, answer_of
 from devices.driver import Driver
 from devices.ops import DeviceError
 from devices.wrappers import Wrapper, pages_of
@@ -25,10 +27,28 @@ from mm.locking import msleep
 
 HOW: Final = {  # how a function can fail; the first of each is what it does unless told otherwise
     "allocate": ("none", "half", "raise", "delay"),
-    "copy_in": ("raise", "torn", "delay"),
-    "copy_out": ("raise", "torn", "lose", "delay"),
+    "copy_in": ("raise", "torn", "delay", "late", "fail", "hang"),
+    "copy_out": ("raise", "torn", "lose", "delay", "late", "fail", "hang"),
     "clear": ("raise", "torn", "delay"),
 }
+
+
+class _Late(DmaFence):
+    """A copy that is done when somebody waits for it, and not before."""
+
+    def __init__(self, what: str, delay: float, work: Callable[[], Any], timeout: float) -> None:
+        super().__init__(what)
+        self._delay = delay
+        self._work = work
+        self._timeout = timeout
+
+    def _sleep(self, timeout: float) -> bool:
+        if self._delay >= timeout:
+            msleep(timeout)
+            return False
+        msleep(self._delay)
+        self.run(lambda: answer_of(self._work(), self._timeout))
+        return True
 
 
 class DeviceLost(DeviceError):
@@ -43,6 +63,10 @@ class Fault:
     how: "raise" a DeviceError before anything is done; "torn": after half the pages; "none" or
     "half" of the pages that allocate() was asked for; "lose" all contents that copy_out() was
     asked for; "delay" by so many seconds, and then do it.
+
+    Completions: "late": done `delay` seconds after somebody begins to wait, and not before; "fail":
+    the copy has begun and ends with a DeviceError, half of it done; "hang": it never ends. What
+    has not ended does so with let_go().
     """
 
     fail_at: int | Sequence[int] = ()
@@ -90,9 +114,23 @@ class Faulty(Wrapper):
         self.armed = True
         self.lost = False
         self.injected: list[str] = []
+        self.hung: list[DmaFence] = []
         self._calls: Counter[str] = Counter()
         self._draw = random.Random(seed)
         super().__init__(device)
+
+    def take_off(self) -> None:
+        """Let the device do without its faults."""
+        super().take_off()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let the copies that hang end after all, in failure: nothing was copied."""
+        hung, self.hung = self.hung, []
+        for fence in hung:
+            if not fence.is_signaled():
+                fence.signal(error=DeviceError(f"{fence.what}: reset"))
+        self.device.stranded.reap()
 
     def lose(self) -> None:
         """Let the device be lost now."""
@@ -144,9 +182,24 @@ class Faulty(Wrapper):
         if how == "delay":
             msleep(self.faults[self._kind(op)].delay)
             return work()
-        if how == "torn" and half:
-            getattr(self.inner, op)(*_first_half(op, half, args))
+        if how == "late":
+            late = _Late(said, self.faults[self._kind(op)].delay, work, self.device.timeout)
+            self.hung.append(late)
+            return late
+        if how in ("torn", "fail") and half:
+            first = getattr(self.inner, op)(*_first_half(op, half, args))
+            answer_of(first, self.device.timeout)
+        if how in ("fail", "hang"):
+            return self._end_badly(how, DmaFence(said))
         raise DeviceError(said)
+
+    def _end_badly(self, how: str, fence: DmaFence) -> DmaFence:
+        """A completion that fails, or never comes."""
+        if how == "fail":
+            fence.signal(error=DeviceError(fence.what))
+        else:
+            self.hung.append(fence)
+        return fence
 
     def _answer_of_a_lost_device(
         self, op: str, args: tuple[Any, ...], work: Callable[[], Any]

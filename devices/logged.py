@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import structlog
 
+from devices.dma_fence import DmaFence, answer_of
 from devices.driver import Driver
 from devices.wrappers import Wrapper
 from mm.errors import InvalidArgument
-from mm.typing import PAGE_SIZE, Indices, Payload
+from mm.typing import PAGE_SIZE, Indices, Mask, Payload
 from mm.vectors import places
 
 _ODD: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -63,12 +65,25 @@ class Logged(Wrapper):
         except BaseException as error:
             self._note(entry._replace(error=f"{type(error).__name__}: {error}"))
             raise
+        if isinstance(result, DmaFence):
+            result.watch(partial(self._ended, entry, args[0]))
+            return result
         if op == "allocate":
             entry = entry._replace(pages=result.tolist())
         elif result is not None:
             entry = entry._replace(lost=args[0][result].tolist())
         self._note(entry)
         return result
+
+    def _ended(
+        self, entry: Entry, pages: Indices, lost: Mask | None, error: BaseException | None
+    ) -> None:
+        """A copy that was under way is done, or has failed: only now it is written down."""
+        if error is not None:
+            entry = entry._replace(error=f"{type(error).__name__}: {error}")
+        elif lost is not None:
+            entry = entry._replace(lost=pages[lost].tolist())
+        self._note(entry)
 
     def _note(self, entry: Entry) -> None:
         self.log.append(entry)
@@ -137,6 +152,9 @@ class _Replay:
             self.ops.free(np.array(sorted(self.stands.values()), dtype=np.int64))
         return self.differences
 
+    def _end(self, answer: Mask | DmaFence | None) -> Mask | None:
+        return answer_of(answer, self.device.timeout)
+
     def _differs(self, number: int, entry: Entry, what: str) -> None:
         self.differences.append(f"entry {number}, {entry.op} of {len(entry.pages)} pages: {what}")
 
@@ -155,7 +173,8 @@ class _Replay:
             self.ops.free(pages)
         elif entry.op == "copy_in":
             self.copies += 1
-            self.ops.copy_in(pages, self._pattern(known, [self.copies] * len(known)), _rows(pages))
+            pattern = self._pattern(known, [self.copies] * len(known))
+            self._end(self.ops.copy_in(pages, pattern, _rows(pages)))
             self.holds |= dict.fromkeys(known, self.copies)
         elif entry.op == "clear" and self.ops.clear is not None:
             self.ops.clear(pages)
@@ -174,7 +193,7 @@ class _Replay:
 
     def _copy_out(self, number: int, entry: Entry, known: list[int], pages: Indices) -> None:
         system = np.zeros((pages.size, PAGE_SIZE), dtype=np.uint8)
-        lost = self.ops.copy_out(pages, system, _rows(pages))
+        lost = self._end(self.ops.copy_out(pages, system, _rows(pages)))
         gone = set() if lost is None else {known[i] for i in places(lost).tolist()}
         if gone != set(entry.lost) & set(known):
             self._differs(number, entry, f"pages {sorted(gone)} are lost, not {entry.lost}")

@@ -13,8 +13,11 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from devices.chunks import Chunks, chunk_pages
+from devices.dma_fence import DmaFence
+from devices.in_flight import InFlight, Stranded
 from devices.moved import Moved, Stats
 from devices.ops import DeviceOps
+from devices.ranges import page_mask, vma_spans
 from hmm.device_pgtable import DevicePageTable, migrated_entries
 from hmm.migrate import migrate_vma
 from hmm.migrate_pfn import (
@@ -28,9 +31,10 @@ from hmm.migrate_pfn import (
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
+from hmm.migrate_pieces import migrate_vma_pieces
 from hmm.migration import MigrateVmaSelect
 from mm.device_exclusive import restore_exclusive_pages
-from mm.errors import DriverBug, InvalidArgument, InvalidRange
+from mm.errors import DriverBug, InvalidArgument
 from mm.filemap import lock_new_page, unlock_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.machine import Machine
@@ -42,7 +46,7 @@ from mm.memremap import (
     devm_memunmap_pages,
     pages_in_use,
 )
-from mm.mmap import find_vma, vmas_in
+from mm.mmap import vmas_in
 from mm.pagewalk import walk_page_range
 from mm.pgtable import PMD_SIZE, pte_devmap, pte_pfn, pte_present, pte_write
 from mm.process import Process
@@ -66,7 +70,6 @@ from mm.typing import (
 from mm.vectors import distinct, every, pieces, places, some
 
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
-
 
 _SERVED: Final = VmFault(0)
 _SHIFT: Final = number(PAGE_SHIFT)
@@ -94,13 +97,17 @@ class DeviceMemory(ABC):
     kind: "private", memory that only the device can touch, or "public", which the CPU maps and
     touches as its own; its contents are the device's rows of the machine's. limit: how many pages
     may be in use at a time; npages unless somebody sets it lower. ops: what is asked to allocate
-    and copy; the driver itself, unless it is wrapped (devices/wrappers.py).
+    and copy; the driver itself, unless it is wrapped (devices/wrappers.py). timeout: for how many
+    seconds a copy that is under way is waited for.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("private",)  # that the driver can be opened with
+    engines = 0  # how many copies can be under way while others begin
+    timeout = 10.0
 
     # What a driver has or has not (devices/ops.py).
     clear: Callable[[Indices], None] | None = None
+    copy_peer: Callable[[Indices, DeviceOps, Indices], Mask | DmaFence | None] | None = None
     prefetch: Callable[[Addresses, int, int], Addresses] | None = None
     power_off: Callable[[], None] | None = None
 
@@ -135,6 +142,7 @@ class DeviceMemory(ABC):
         self.tables: dict[MmStruct, DevicePageTable] = {}
         self.stats = Stats()
         self.closed = False
+        self.stranded = Stranded(self.mem)
         self.ops: DeviceOps = self
 
     @classmethod
@@ -154,11 +162,11 @@ class DeviceMemory(ABC):
         """*pages* are not used any more."""
 
     @abstractmethod
-    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
+    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> DmaFence | None:
         """Copy row rows[i] of *system* memory, uint8[n, 4096], to device page pages[i]."""
 
     @abstractmethod
-    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | None:
+    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | DmaFence | None:
         """Copy device page pages[i] to row rows[i] of *system*.
 
         Returns None, or True for pages whose contents are lost for good.
@@ -258,6 +266,7 @@ class DeviceMemory(ABC):
         with self.mem.locks.atomic:
             self.closed = True  # from now on nothing comes here
         try:
+            self.stranded.reap()
             if self.type is MemoryType.DEVICE_PUBLIC:
                 restore_exclusive_pages(self.mem, pages_in_use(self.mem, self.zone))
             self.evict(np.arange(self.npages))
@@ -295,16 +304,17 @@ class DeviceMemory(ABC):
 
     def alloc_and_copy(
         self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
-    ) -> None:
+    ) -> InFlight | None:
         """Linux: alloc_and_copy() of struct migrate_vma_ops."""
+        if self.stranded:
+            self.stranded.reap()
         # What is about to be copied may not change under the copy.
         table = self.tables.get(vma.vm_mm)
         if table is not None:
             table.unmap(start + (places(src & MIGRATE_PFN_MIGRATE) << _SHIFT))
         if private is Direction.TO_DEVICE:
-            self._copy_to_device(vma.vm_mm, src, dst)
-        else:
-            self._copy_to_system(vma, start, src, dst)
+            return self._copy_to_device(vma.vm_mm, src, dst)
+        return self._copy_to_system(vma, start, src, dst)
 
     def finalize_and_map(
         self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
@@ -339,19 +349,25 @@ class DeviceMemory(ABC):
                 table = self.tables.setdefault(mm, DevicePageTable(mm, self.owner))
         return table
 
-    def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> None:
+    def _copy_to_device(self, mm: MmStruct, src: MigratePfns, dst: MigratePfns) -> InFlight | None:
         entries, pages = self.take(mm, dst, places(is_migrating(src)))
         if self.mem.payload is None or not pages.size:
-            return
+            return None
         full = is_valid(src[entries])
+        fence = None
         if every(full):
-            self.ops.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(src[entries]))
+            fence = self.ops.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(src[entries]))
         else:
-            self._clear(pages[~full])
+            fence = self._clear(pages[~full])
+            if fence is not None:
+                InFlight(self, fence, dst, entries[~full])()
+                fence = None
             if some(full):
                 rows = migrate_pfn_to_pfn(src[entries[full]])
-                self.ops.copy_in(pages[full], self.mem.payload, rows)
+                fence = self.ops.copy_in(pages[full], self.mem.payload, rows)
+                entries = entries[full]
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
+        return None if fence is None else InFlight(self, fence, dst, entries)
 
     def take(self, mm: MmStruct, dst: MigratePfns, entries: Indices) -> tuple[Indices, Indices]:
         """Name free pages in *dst* for *entries*, or for the first of them, of a range of *mm*.
@@ -368,13 +384,14 @@ class DeviceMemory(ABC):
             self._hand_over(dst, entries, self.zone.start_pfn + pages)
         return entries, pages
 
-    def _clear(self, pages: Indices) -> None:
+    def _clear(self, pages: Indices) -> DmaFence | None:
         """Fill *pages* with zeros, by copies of the zero page where the driver knows no better."""
         if self.ops.clear is not None:
             self.ops.clear(pages)
-        else:
-            assert self.mem.payload is not None
-            self.ops.copy_in(pages, self.mem.payload, np.full(pages.size, self.mem.zero_pfn))
+            return None
+        assert self.mem.payload is not None
+        zeros = np.full(pages.size, self.mem.zero_pfn)
+        return self.ops.copy_in(pages, self.mem.payload, zeros)
 
     def _check_allocated(self, pages: Indices, wanted: int) -> None:
         """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
@@ -388,18 +405,23 @@ class DeviceMemory(ABC):
                 f"in use and {pages.size - np.unique(pages).size} are there twice"
             )
 
-    def _copy_to_system(self, vma: Vma, start: int, src: MigratePfns, dst: MigratePfns) -> None:
+    def _copy_to_system(
+        self, vma: Vma, start: int, src: MigratePfns, dst: MigratePfns
+    ) -> InFlight | None:
         entries = places((src & _PAGE_TO_MOVE) == _PAGE_TO_MOVE)
         pfns = alloc_pages_vma(vma, start + (entries << _SHIFT), GFP_HIGHUSER_MOVABLE)
         entries = entries[: pfns.size]
         self._hand_over(dst, entries, pfns, referenced=True)
         if self.mem.payload is None or not pfns.size:
-            return
+            return None
         pages = migrate_pfn_to_pfn(src[entries]) - self.zone.start_pfn
         lost = self.ops.copy_out(pages, self.mem.payload, pfns)
         self.stats.bytes_to_system += entries.size * PAGE_SIZE
+        if isinstance(lost, DmaFence):
+            return InFlight(self, lost, dst, entries)
         if lost is not None and some(lost):
             self.give_up(dst, entries[lost])
+        return None
 
     def _hand_over(
         self, dst: MigratePfns, entries: Indices, pfns: Pfns, *, referenced: bool = False
@@ -426,29 +448,33 @@ class DeviceMemory(ABC):
         moved: Moved,
         wanted: Mask | None = None,
     ) -> None:
-        """migrate_vma() over [*start*, *end*), in pieces that suit the cache."""
+        """migrate_vma() over [*start*, *end*), in pieces whose copies may overlap."""
         to_device = direction is Direction.TO_DEVICE
         select = _SELECT_SYSTEM if to_device else SELECT_OWN[self.type]
-        step = TRANSFER_PAGES << PAGE_SHIFT
-        for piece in range(start, end, step):
-            stop = min(piece + step, end)
-            src, dst = np.zeros((2, (stop - piece) >> PAGE_SHIFT), dtype=np.uint64)
-            first = (piece - start) >> PAGE_SHIFT
-            chosen = None if wanted is None else wanted[first : first + src.size]
+        npages = (end - start) >> PAGE_SHIFT
+        owner = self.owner
+        if npages <= TRANSFER_PAGES:
+            src, dst = np.zeros((2, npages), dtype=np.uint64)
             moved.add(
                 migrate_vma(
                     self,
                     vma,
-                    piece,
-                    stop,
+                    start,
+                    end,
                     src,
                     dst,
                     direction,
                     select=select,
-                    pgmap_owner=self.owner,
-                    wanted=chosen,
+                    pgmap_owner=owner,
+                    wanted=wanted,
                 )
             )
+            return
+        bounds = [*range(start, end, TRANSFER_PAGES << PAGE_SHIFT), end]
+        for piece in migrate_vma_pieces(
+            self, vma, bounds, direction, select=select, pgmap_owner=owner, wanted=wanted
+        ):
+            moved.add(piece)
 
     def _migrate_addrs(
         self, mm: MmStruct, addrs: Addresses, direction: Direction, moved: Moved
@@ -464,30 +490,4 @@ class DeviceMemory(ABC):
         for piece in pieces(addrs[1:] > addrs[:-1] + PMD_SIZE, addrs.size):
             here = addrs[piece]
             start, end = here.item(0), here.item(-1) + PAGE_SIZE
-            self._migrate(vma, start, end, direction, moved, _mask(here, start, end))
-
-
-def _mask(addrs: Addresses, start: int, end: int) -> Mask | None:
-    """Which pages of [*start*, *end*) are at *addrs* (ascending); None if all of them."""
-    npages = (end - start) >> PAGE_SHIFT
-    if addrs.size == npages:
-        return None
-    mask = np.zeros(npages, dtype=np.bool_)
-    mask[(addrs - start) >> PAGE_SHIFT] = True
-    return mask
-
-
-def vma_spans(mm: MmStruct, addr: int, nbytes: int) -> list[tuple[Vma, int, int]]:
-    """[*addr*, *addr* + *nbytes*), rounded to whole pages, cut at VMA borders."""
-    start, end = addr & ~(PAGE_SIZE - 1), (addr + nbytes + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
-    if nbytes <= 0:
-        raise InvalidRange(f"a range of {nbytes} bytes at {addr:#x} holds no page")
-    spans = []
-    at = start
-    while at < end:
-        vma = find_vma(mm, at)
-        if vma is None or vma.vm_start > at:
-            raise InvalidRange(f"[{start:#x}, {end:#x}): nothing is mapped at {at:#x} of {mm.name}")
-        spans.append((vma, at, min(end, vma.vm_end)))
-        at = vma.vm_end
-    return spans
+            self._migrate(vma, start, end, direction, moved, page_mask(here, start, end))

@@ -14,7 +14,10 @@ from mm.vectors import places
 
 @dataclass
 class Stats:
-    """What a device has done so far. Bytes are those that were copied: a hole costs none."""
+    """What a device has done so far. Bytes are those that were copied: a hole costs none.
+
+    simulated_us: what that would have taken on the hardware of a `Timed` (devices/timed.py).
+    """
 
     device_faults: int = 0
     fault_batches: int = 0
@@ -23,6 +26,7 @@ class Stats:
     evicted_pages: int = 0
     bytes_to_device: int = 0
     bytes_to_system: int = 0
+    simulated_us: float = 0.0
 
 
 @dataclass

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Final
+
 import numpy as np
 
+from devices.dma_fence import DmaFence
 from devices.driver import Driver
+from devices.engines import CopyEngines
+from devices.ops import DeviceOps
 from mm.highmem import copy_highpages, reserve_payload
 from mm.machine import Machine
 from mm.memparse import Size
 from mm.mmzone import PageStack
-from mm.typing import PAGE_SIZE, Indices, Mask, Payload, Pfns
+from mm.typing import PAGE_SIZE, Indices, Payload, Pfns
+
+ENGINE_PAGES: Final = 1 << 10  # of a copy that is worth an engine: handing 4 MiB over takes a tenth
 
 
 class NumpyDevice(Driver):
-    """Device memory in host memory, private or public; copies are those of NumPy."""
+    """Device memory in host memory, private or public; copies are those of NumPy.
+
+    Large ones are done by *engines*, threads of which each has one copy under way; a class that
+    derives from this one and wants none sets it to 0.
+    """
 
     kinds = ("private", "public")
+    engines = 2
 
     def __init__(
         self,
@@ -29,6 +42,7 @@ class NumpyDevice(Driver):
     ) -> None:
         name = name or f"numpy{self.count(machine)}"
         super().__init__(machine, memory, kind, name=name, chunk=chunk, neighbours=neighbours)
+        self._engines = CopyEngines(self.name, self.engines)
         self._free = PageStack(self.npages)
         self._free.push(np.arange(self.npages)[::-1])
         payload = machine.mem.payload
@@ -45,16 +59,30 @@ class NumpyDevice(Driver):
         """Those freed last are used first, while the caches still know them."""
         self._free.push(np.sort(pages)[::-1])
 
-    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
+    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> DmaFence | None:
         """System memory to device memory."""
         assert self.memory is not None
-        copy_highpages(self.memory, pages, system, rows)
+        return self._copy("copy_in", self.memory, pages, system, rows)
 
-    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | None:
+    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> DmaFence | None:
         """Device memory to system memory; nothing is ever lost."""
         assert self.memory is not None
-        copy_highpages(system, rows, self.memory, pages)
-        return None
+        return self._copy("copy_out", system, rows, self.memory, pages)
+
+    def copy_peer(self, pages: Indices, peer: DeviceOps, theirs: Indices) -> DmaFence | None:
+        """From this device's memory to that of another one of this class."""
+        assert isinstance(peer, NumpyDevice)
+        assert self.memory is not None
+        assert peer.memory is not None
+        return self._copy("copy_peer", peer.memory, theirs, self.memory, pages)
+
+    def _copy(self, op: str, dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> DmaFence | None:
+        """Rows *frm* of *src* to rows *to* of *dst*, by an engine where there are many."""
+        if to.size < ENGINE_PAGES or not self.engines:
+            copy_highpages(dst, to, src, frm)
+            return None
+        what = f"{self.name}: {op} of {to.size} pages, PFN or page {frm[0]:#x} to {to[0]:#x},"
+        return self._engines.submit(partial(copy_highpages, dst, to, src, frm), what)
 
     def clear(self, pages: Indices) -> None:
         """Zeros need no copy here."""

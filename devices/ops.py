@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from devices.dma_fence import DmaFence
 from mm.errors import MmError
 from mm.typing import Addresses, Indices, Mask, Payload, Pfns
 
@@ -38,21 +39,30 @@ class DeviceOps(Protocol):
     def free(self, pages: Indices) -> None:
         """*pages* are not used any more. It does not wait either."""
 
-    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
+    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> DmaFence | None:
         """Copy row rows[i] of *system*, uint8[n, 4096], to device page pages[i].
 
-        *system* is the machine's memory, or a buffer on the way to another device.
+        *system* is the machine's memory, or a buffer on the way to another device. Returns None
+        when it is done, or a fence that signals when it is; until then both sides stay as they are.
         """
 
-    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | None:
+    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | DmaFence | None:
         """Copy device page pages[i] to row rows[i] of *system*.
 
-        Returns None, or True for pages whose contents are lost for good.
+        Returns None, or True for pages whose contents are lost for good; or a fence with that.
         """
 
     @property
     def clear(self) -> Callable[[Indices], None] | None:
         """clear(pages): fill *pages* with zeros. Without it, the zero page is copied in."""
+
+    @property
+    def copy_peer(self) -> Callable[[Indices, DeviceOps, Indices], Mask | DmaFence | None] | None:
+        """copy_peer(pages, peer, theirs): copy page pages[i] to page theirs[i] of *peer*.
+
+        For two devices of one class; else, and where a wrapper is between, the way is copy_out()
+        into a buffer and copy_in() from there. Returns as copy_out() does.
+        """
 
     @property
     def prefetch(self) -> Callable[[Addresses, int, int], Addresses] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Self
 
+from devices.dma_fence import DmaFence
 from devices.driver import Driver
 from devices.ops import OPTIONAL
 from mm.errors import InvalidArgument
@@ -26,6 +27,8 @@ class Wrapper:
     device: the device itself, below all wrappers; what is no function of the table is looked up
     there. inner: what comes next. As a context manager it is taken off at the end of the block.
     """
+
+    copy_peer: None = None  # it would go past the wrappers of the other device
 
     def __init__(self, device: Driver | Wrapper) -> None:
         self.device = unwrapped(device)
@@ -70,11 +73,11 @@ class Wrapper:
         """*pages* are not used any more."""
         self.call("free", pages)
 
-    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> None:
+    def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> DmaFence | None:
         """System memory to device memory."""
-        self.call("copy_in", pages, system, rows)
+        return self.call("copy_in", pages, system, rows)
 
-    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | None:
+    def copy_out(self, pages: Indices, system: Payload, rows: Pfns) -> Mask | DmaFence | None:
         """Device memory to system memory; what is lost."""
         return self.call("copy_out", pages, system, rows)
 
@@ -154,7 +157,17 @@ class Counting(Wrapper):
             self.failed[op] += 1
             raise
         npages = result.size if op == "allocate" else pages_of(op, args)
+        if isinstance(result, DmaFence):
+            result.watch(lambda _, error: self._ended(op, npages, error))
+            return result
         self.pages[op] += npages
         self.in_use += npages * ((op == "allocate") - (op == "free"))
         self.peak = max(self.peak, self.in_use)
         return result
+
+    def _ended(self, op: str, npages: int, error: BaseException | None) -> None:
+        """A copy that was under way is done, or has failed."""
+        if error is None:
+            self.pages[op] += npages
+        else:
+            self.failed[op] += 1

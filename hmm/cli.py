@@ -23,7 +23,7 @@ from hmm import script as scripts
 from hmm.offload.device import Device
 from hmm.offload.replay import Progress, Report, machine_for, replay
 from hmm.offload.traces import Trace, load_trace
-from hmm.registry import UnusableDriver, available, load_driver, load_suite
+from hmm.registry import UnusableDriver, available, load_driver, load_suite, load_timing
 from mm import trace as events
 from mm.errors import InvalidArgument, MmError, OutOfRange
 from mm.machine import Machine
@@ -85,6 +85,9 @@ def run(
     chunk: Annotated[
         str | None, typer.Option(help="Evict so much at once, 64KiB to 2MiB; else the driver says.")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Simulate its times too: pcie3-x16, gh200, or a file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Replay a program's page accesses on a device, and check every byte."""
@@ -94,6 +97,8 @@ def run(
     driver = load_driver(device)
     machine = machine_for(recorded)
     gpu = driver(machine, memory=nbytes, chunk=nbytes_chunk)
+    if profile is not None:
+        gpu = load_timing("timed")(gpu, profile)
     differences: list[dict[str, Any]] = []
     with (
         _work(f"{recorded.name} on {gpu.name}"),
@@ -101,7 +106,11 @@ def run(
         _progress(f"replaying {recorded.name}", shown=not as_json) as progress,
     ):
         report = _replay(recorded, machine, gpu, progress)
-    _print(asdict(report), _report_table(report), as_json)
+    table, result = _report_table(report), asdict(report)
+    if profile is not None:
+        result["simulated_us"] = cast(Any, gpu).stats.simulated_us
+        table.add_row("simulated", f"{result['simulated_us'] / 1e6:.4f} s on {profile}")
+    _print(result, table, as_json)
     if not report.verified:
         raise WorkFailed("not verified: " + "; ".join(map(_difference, differences)))
 
@@ -148,6 +157,24 @@ def check(
         raise WorkFailed(
             f"{device} breaks {len(failed)} of {len(verdicts)} rules: {', '.join(failed)}"
         )
+
+
+@app.command()
+def calibrate(
+    device: Annotated[str, typer.Argument(help="A name, numpy?kind=public, or file.py:Class.")],
+    largest: Annotated[str, typer.Option(help="The largest copy to measure.")] = "32MiB",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it there, for hmm run --profile.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a device's copies and faults, and print them as a profile (TOML)."""
+    measure, driver = load_timing("calibrate"), load_driver(device)
+    with _work(f"calibrating {device}"):
+        profile = measure(driver, device, largest)
+    if output is not None:
+        output.write_text(profile.toml())
+    print(json.dumps(asdict(profile)) if as_json else profile.toml(), end="\n" if as_json else "")
 
 
 @app.command()

@@ -20,7 +20,8 @@ device may populate.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -428,28 +429,59 @@ def migrate_vma(
     migrate = MigrateVma(vma, start, end, src, dst, select, pgmap_owner, wanted)
     with vma.vm_mm.mmap_sem.read():
         check_arguments(migrate)  # until it passes, dst is the caller's, and no abort may touch it
+        begun = begin_migration(migrate, ops, private)
+        if begun is not None:
+            end_migration(begun)
+    return migrate
+
+
+class Begun(NamedTuple):
+    """A migration whose driver is copying."""
+
+    migrate: MigrateVma
+    ops: MigrateVmaOps
+    private: Any
+    contract: Contract | None
+    copied: Callable[[], None] | None  # waits for the copies
+
+
+def begin_migration(migrate: MigrateVma, ops: MigrateVmaOps, private: Any) -> Begun | None:
+    """Everything up to alloc_and_copy(); None where nothing can move. The caller holds mmap_sem."""
+    src, dst, start = migrate.src, migrate.dst, migrate.start
+    try:
+        if not _setup(migrate):
+            return None
+        debug = migrate.mem.debug
+        contract = Contract(migrate.mem, src, dst, start, migrate.pgmap_owner) if debug else None
+        copied = ops.alloc_and_copy(migrate.vma, src, dst, start, migrate.end, private)
+        if contract:
+            contract.check_alloc_and_copy()
+    except BaseException:
+        _abort(migrate)
+        raise
+    return Begun(migrate, ops, private, contract, copied)
+
+
+def end_migration(begun: Begun) -> None:
+    """Everything after alloc_and_copy(): wait for the copies, then let the pages move."""
+    migrate, ops, private, contract, copied = begun
+    if copied is not None:
         try:
-            if not _setup(migrate):
-                return migrate
-            contract = (
-                Contract(migrate.mem, src, dst, start, pgmap_owner) if migrate.mem.debug else None
-            )
-            ops.alloc_and_copy(vma, src, dst, start, end, private)
-            if contract:
-                contract.check_alloc_and_copy()
+            copied()
         except BaseException:
             _abort(migrate)
             raise
-        migrate_vma_pages(migrate)
-        try:
-            if contract:
-                contract.before_finalize_and_map()
-            ops.finalize_and_map(vma, src, dst, start, end, private)
-            if contract:
-                contract.check_finalize_and_map()
-        finally:
-            migrate_vma_finalize(migrate)
-    return migrate
+    migrate_vma_pages(migrate)
+    try:
+        if contract:
+            contract.before_finalize_and_map()
+        ops.finalize_and_map(
+            migrate.vma, migrate.src, migrate.dst, migrate.start, migrate.end, private
+        )
+        if contract:
+            contract.check_finalize_and_map()
+    finally:
+        migrate_vma_finalize(migrate)
 
 
 def _abort(migrate: MigrateVma) -> None:

@@ -5,6 +5,7 @@ The stages are in hmm/migrate.py. Linux: struct migrate_vma and its ops, include
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any, Final, Protocol
@@ -42,12 +43,14 @@ class MigrateVmaOps(Protocol):
 
     def alloc_and_copy(
         self, vma: Vma, src: MigratePfns, dst: MigratePfns, start: int, end: int, private: Any
-    ) -> None:
+    ) -> Callable[[], None] | None:
         """Choose a destination for entries with MIGRATE in *src*, copy, and name it in *dst*.
 
         Each page in *dst* is the driver's alone, locked, and written as
         `migrate_pfn(pfn) | MIGRATE_PFN_LOCKED`; 0 leaves the page where it is; and
-        MIGRATE_PFN_ERROR gives its contents up for lost. *src* may only be read.
+        MIGRATE_PFN_ERROR gives its contents up for lost. *src* may only be read. Copies may still
+        be under way when it returns a function: that one waits for them, and may then name lost
+        contents in *dst* as well.
         """
 
     def finalize_and_map(

@@ -31,6 +31,7 @@ from mm.errors import InvalidArgument
 
 GROUP: Final = "hmm.devices"
 SUITES: Final = "hmm.conformance"
+TIMING: Final = "hmm.timing"
 
 
 class Verdict(Protocol):
@@ -112,6 +113,20 @@ def load_suite() -> Suite:
         )
     suite: Suite = next(iter(suites)).load()
     return suite
+
+
+def load_timing(name: str) -> Any:
+    """`timed` or `calibrate` of the package that knows simulated time.
+
+    Raises InvalidArgument where none is installed.
+    """
+    found = entry_points(group=TIMING, name=name)
+    if not found:
+        raise InvalidArgument(
+            f"nothing that simulates time is installed (entry point group {TIMING}); install "
+            f"hmm-migrate again: pip install -e ."
+        )
+    return next(iter(found)).load()
 
 
 def _imported(name: str, value: str, load: Callable[[], Any]) -> Any:

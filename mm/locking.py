@@ -88,6 +88,35 @@ def wait_event_timeout(ready: Callable[[], bool]) -> bool:
     return ready()
 
 
+def read_poll_timeout(ready: Callable[[], bool], timeout: float) -> bool:
+    """Look at *ready*() again and again, for *timeout* seconds at most; what it says at last.
+
+    For what wakes nobody up, as a device's completion may. Linux: read_poll_timeout(),
+    include/linux/iopoll.h.
+    """
+    if _scheduler is not None:
+        _scheduler.wait(ready, "a completion")
+        return True
+    end = time.monotonic() + timeout
+    pause = 0.0
+    while not ready():
+        if time.monotonic() >= end:
+            return ready()
+        time.sleep(pause)
+        pause = min(pause + 1e-6, 1e-3)
+    return True
+
+
+def kthread_run(function: Callable[[], None], name: str) -> None:
+    """Run *function* in a thread of its own, which ends with it. Linux: kthread_run()."""
+    threading.Thread(target=function, name=name, daemon=True).start()
+
+
+def taking_turns() -> bool:
+    """True where a scheduler decides who runs, and knows of no thread but its own."""
+    return _scheduler is not None
+
+
 def alone() -> bool:
     """True where no other thread could bring about what this one would wait for."""
     return _scheduler is None and len(_living) <= 1
@@ -140,6 +169,10 @@ class Locks:
         if _scheduler is not None:
             _scheduler.wait(ready, what)
             return True
+        return self.idle_until(ready, timeout)
+
+    def idle_until(self, ready: Callable[[], bool], timeout: float | None = None) -> bool:
+        """wait_until() of a kernel thread (kthread_run), which takes no turns."""
         with self.atomic:
             self.waiting += 1
             try:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hmm.cli import chunk_bytes, main, memory_bytes
-from hmm.registry import GROUP, UnusableDriver, available, load_driver
+from hmm.registry import GROUP, UnusableDriver, available, load_driver, load_timing
 from mm.errors import InvalidArgument
 
 KEYS = (
@@ -296,6 +296,46 @@ class TestBench:
     def test_table(self, call):
         """Without --json it is a table."""
         assert "fault_back_1" in call("bench", "--only", "fault_back_1")[1]
+
+
+class TestTiming:
+    def test_calibrate(self, call, loop, tmp_path):
+        """What is measured is a profile, which a run can then be told to simulate."""
+        path = tmp_path / "numpy.toml"
+        status, out, _ = call("calibrate", "numpy", "--largest", "256KiB", "--output", path)
+        assert (0, out) == (status, path.read_text())
+
+        status, out, _ = call("run", loop, "--profile", path, "--json")
+
+        assert 0 == status
+        assert json.loads(out)["simulated_us"] > 0
+        assert "simulated" in call("run", loop, "--profile", "gh200")[1]
+
+    def test_json(self, call):
+        """The same as JSON."""
+        _, out, _ = call("calibrate", "numpy", "--largest", "256KiB", "--json")
+
+        assert [4, 8, 16, 32, 64, 128, 256] == json.loads(out)["to_system"]["kib"]
+
+    @pytest.mark.parametrize(
+        ("argv", "says"),
+        [
+            (["calibrate", "toaster"], "there is no device 'toaster'"),
+            (["run", "--profile", "isa"], "there is no profile 'isa'; there are gh200, pcie3-x16"),
+        ],
+    )
+    def test_wrong_call(self, call, argv, says):
+        """What there is not is said in one line."""
+        status, _, err = call(*argv)
+
+        assert 2 == status
+        assert says in err
+
+    def test_not_installed(self, monkeypatch):
+        """Without the package that knows simulated time, the message says what to do."""
+        monkeypatch.setattr("hmm.registry.entry_points", lambda **group: ())
+        with pytest.raises(InvalidArgument, match="install hmm-migrate again"):
+            load_timing("timed")
 
 
 class TestScript:

@@ -52,7 +52,7 @@ OURS = {
         "page_flags": "describe_flags",
     },
     "tracing as Python has it": {"trace": "names listen to_structlog"},
-    "interleavings for tests": {"locking": "install_scheduler alone"},
+    "interleavings for tests": {"locking": "install_scheduler alone taking_turns"},
     "shared by the faults and migrate_vma_insert_page()": {"memory": "anon_entries"},
     "what Linux v4.20 promises and does not do": {"rmap": "poison_migration_ptes"},
 }

@@ -18,8 +18,8 @@ def shuffled(values: Indices, seed: int) -> Indices:
 def there_and_back(scene: Scene, pages: Indices, rows: Pfns, back: Pfns, what: str) -> None:
     """Copy frames *rows* to *pages*, and those to frames *back*; the same must be in them."""
     expected = scene.payload[rows]
-    scene.gpu.ops.copy_in(pages, scene.payload, rows)
-    scene.gpu.ops.copy_out(pages, scene.payload, back)
+    scene.copy_in(pages, rows)
+    scene.copy_out(pages, back)
     expect_bytes(expected, scene.payload[back], what)
 
 
@@ -48,7 +48,7 @@ def copy_run(opener: Opener) -> str:
 def copy_bystanders(opener: Opener) -> str:
     """A copy changes the pages that it is for, and none beside them."""
     scene = Scene(opener, "256KiB")
-    ops, payload = scene.gpu.ops, scene.payload
+    payload = scene.payload
     rows, two, back = (np.sort(scene.area(n).pfns()) for n in (9, 2, 9))
     apart = np.sort(scene.area(18).pfns())[::2]  # what goes wrong beside one of them is not seen
     pages, one = np.sort(allocated(scene.gpu, 9)), np.arange(9).reshape(9, 1)
@@ -56,13 +56,13 @@ def copy_bystanders(opener: Opener) -> str:
     expected[3:5] = payload[two]
 
     for i in one:
-        ops.copy_in(pages[i], payload, rows[i])
-    ops.copy_in(pages[3:5], payload, two)
+        scene.copy_in(pages[i], rows[i])
+    scene.copy_in(pages[3:5], two)
     for i in one[:6]:
-        ops.copy_out(pages[i], payload, apart[i])
+        scene.copy_out(pages[i], apart[i])
     expect_bytes(expected[:6], payload[apart[:6]], "device pages beside a copy in")
 
-    ops.copy_out(pages[6:8], payload, back[6:8])
+    scene.copy_out(pages[6:8], back[6:8])
     untouched[6:8] = expected[6:8]
     expect_bytes(untouched, payload[back], "frames beside a copy out")
     return "4 pages and 7 frames beside 2, untouched"
@@ -87,7 +87,7 @@ def copy_source(opener: Opener) -> str:
     pages = allocated(scene.gpu, 6)
     there_and_back(scene, pages, rows, back, "first copy")
     expect_bytes(area.contents, scene.payload[rows], "frames that were copied in")
-    scene.gpu.ops.copy_out(pages, scene.payload, back[::-1])
+    scene.copy_out(pages, back[::-1])
     expect_bytes(area.contents[::-1], scene.payload[back], "pages that were copied out before")
     return "6 pages, copied out twice, equal"
 
@@ -97,8 +97,8 @@ def lost(opener: Opener) -> str:
     """copy_out() answers None, or a mask of the pages that are lost; none is without a cause."""
     scene = Scene(opener, "256KiB")
     rows, pages = scene.area(5).pfns(), allocated(scene.gpu, 5)
-    scene.gpu.ops.copy_in(pages, scene.payload, rows)
-    answer = scene.gpu.ops.copy_out(pages, scene.payload, rows)
+    scene.copy_in(pages, rows)
+    answer: object = scene.copy_out(pages, rows)
     if answer is None:
         return "nothing is reported"
     if not isinstance(answer, np.ndarray) or answer.dtype != np.bool_ or answer.shape != (5,):
@@ -114,13 +114,13 @@ def clear(opener: Opener) -> str:
     rows, back = scene.area(9).pfns(), scene.area(9).pfns()
     pages = shuffled(allocated(scene.gpu, 9), 4)
     expected = scene.payload[rows]
-    scene.gpu.ops.copy_in(pages, scene.payload, rows)
+    scene.copy_in(pages, rows)
     if scene.gpu.ops.clear is None:
         return "there is none; the zero page is copied"
     for some in (numbers(4), numbers(8, 1, 2)):
         scene.gpu.ops.clear(pages[some])
         expected[some] = 0
-    scene.gpu.ops.copy_out(pages, scene.payload, back)
+    scene.copy_out(pages, back)
     expect_bytes(expected, scene.payload[back], "pages, some of them cleared")
     return "4 of 9 pages are zeros"
 

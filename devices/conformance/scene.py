@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from devices.conformance.rule import Broken, Device, NotJudged, Opener
+from devices.dma_fence import answer_of
 from mm.machine import Machine
 from mm.memparse import Size
 from mm.pgtable import pte_offset, pte_pfn, pte_present, pte_write
@@ -153,6 +154,14 @@ class Scene:
         area = self.area(npages, process=process)
         self.gpu.to_device(area.process, area.addr, area.nbytes)
         return area
+
+    def copy_in(self, pages: Indices, rows: Pfns) -> None:
+        """Have frames *rows* copied to *pages* of the device, and done."""
+        answer_of(self.gpu.ops.copy_in(pages, self.payload, rows), self.gpu.timeout)
+
+    def copy_out(self, pages: Indices, rows: Pfns) -> Mask | None:
+        """Have *pages* copied to frames *rows*, and done."""
+        return answer_of(self.gpu.ops.copy_out(pages, self.payload, rows), self.gpu.timeout)
 
     def computing(self) -> Device:
         """The device, which can load and store. Raises NotJudged for one that cannot."""

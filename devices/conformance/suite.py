@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from devices.conformance import access, callbacks, copies, life, pages, tables, transfers
+from devices.conformance import access, callbacks, copies, fences, life, pages, tables, transfers
 from devices.conformance.rule import Broken, NotJudged, Opener, Rule
 from hmm.offload.device import OpenDevice
 from mm.errors import InvalidArgument
@@ -24,6 +24,9 @@ RULES: Final = (
     copies.copy_source,
     copies.lost,
     copies.clear,
+    fences.completion,
+    fences.not_early,
+    fences.together,
     callbacks.alloc_and_copy,
     callbacks.finalize_and_map,
     callbacks.lock_order,

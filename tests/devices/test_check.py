@@ -34,6 +34,7 @@ class Blind(NumpyDevice):
 
     clear = None
     _sides = None
+    engines = 0
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

@@ -9,7 +9,7 @@ from devices import Counting, Faulty, Logged, NumpyDevice
 from devices.conformance import RULES, check
 from hmm.registry import load_driver
 
-MODULES = ("pages", "copies", "callbacks", "transfers", "tables", "life")
+MODULES = ("pages", "copies", "fences", "callbacks", "transfers", "tables", "life")
 WRONG = [
     driver
     for module in MODULES

@@ -14,8 +14,8 @@ from devices import NumpyDevice
 from devices.faulty import HOW, DeviceLost, Fault, Faulty
 from devices.ops import DeviceError
 from devices.wrappers import Counting, Limited
-from mm import PAGE_SIZE, BusError, InvalidArgument
-from mm.errors import MmError
+from mm import PAGE_SIZE, BusError, Busy, InvalidArgument
+from mm.errors import MmError, TimedOut
 from mm.pgtable import pte_offset, pte_pfn, pte_present
 from mm.swapops import is_device_private_entry, swp_offset
 from tests.world import ended_worlds, in_step, mapped_range
@@ -31,6 +31,7 @@ class Memory:
         self.world = mapped_range(pages=PAGES, memory=memory, filled=False)
         self.gpu = Faulty(self.world.gpu, **faults)
         self.counting = Counting(self.gpu)
+        self.world.gpu.timeout = 0.001
         self.holds = {self.world.process: [0] * PAGES}
         self.failed = 0
 
@@ -42,7 +43,7 @@ class Memory:
         """Do *work*; False where the device failed or had lost the page."""
         try:
             work()
-        except (DeviceError, BusError):
+        except (DeviceError, BusError, TimedOut):
             self.failed += 1
             return False
         return True
@@ -103,7 +104,13 @@ class Memory:
             used |= set(swp_offset(ptes[is_device_private_entry(ptes)]).tolist())
             assert not self.world.gpu.own(ptes)[0][pte_present(ptes)].any()
             assert (pte_pfn(ptes[pte_present(ptes)]) < self.world.machine.mem.max_pfn).all()
-        assert len(used) == self.gpu.npages - self.gpu.chunks.free_pages == self.counting.in_use
+        in_use = len(used) + self.stranded()
+        assert in_use == self.gpu.npages - self.gpu.chunks.free_pages == self.counting.in_use
+
+    def stranded(self):
+        """Pages of the device that a copy which hangs may still write to."""
+        zones = [self.gpu.mem.zone[pin.pfns] for pin in self.gpu.mem.pins]
+        return sum(int((zone == self.gpu.zone.index).sum()) for zone in zones)
 
     def end(self):
         """Nothing fails any more: all is readable but what was lost; how many pages were."""
@@ -118,6 +125,9 @@ class Memory:
                     lost += 1
                 else:
                     assert bytes([value]) * PAGE_SIZE == found
+        self.check()
+        self.gpu.let_go()
+        assert [] == self.gpu.mem.pins
         self.check()
         self.counting.take_off()
         return lost
@@ -168,7 +178,7 @@ class TestEveryPlace:
 
                 assert 1 == len(memory.gpu.injected)
                 assert (lost > 0) == (how == "lose")
-                assert how in ("raise", "torn", "lose") or not memory.failed
+                assert how in ("raise", "torn", "lose", "fail", "hang") or not memory.failed
 
     @pytest.mark.parametrize("op", HOW)
     def test_all_calls_fail(self, op):
@@ -199,6 +209,7 @@ FAULTS = st.fixed_dictionaries(
             fail_at=st.lists(st.integers(1, 12), max_size=3).map(tuple),
             share=st.sampled_from([0.0, 0.1, 0.5]),
             how=st.sampled_from([way for way in ways if way not in ("lose", "delay")]),
+            delay=st.just(0.0),
         )
         for op, ways in HOW.items()
     },
@@ -297,6 +308,54 @@ class TestFaulty:
         assert time.perf_counter() - begin >= 0.05
         assert 5 == moved.migrated
         assert world.intact()
+
+    def test_hang(self):
+        """A copy that never ends is a timeout that names it; its pages come back when it does."""
+        world, gpu = self.small(copy={"fail_at": (1, 3), "how": "hang"})
+        world.gpu.timeout = 0.01
+        free = world.gpu.free_pages
+
+        with pytest.raises(TimedOut, match=r"copy_in 1 of 5 pages: .* not done after 0.01 s"):
+            gpu.to_device(world.process, world.addr, world.nbytes)
+
+        assert [False] * 5 == world.on_device()
+        assert free - 5 == world.gpu.free_pages
+        world.machine.verify()
+        assert 5 == gpu.to_device(world.process, world.addr, world.nbytes).migrated
+        with pytest.raises(TimedOut, match="numpy0: copy_out 3 of 1 pages"):
+            world.process.read(world.addr, 1)
+        assert world.intact()
+        with pytest.raises(Busy):
+            gpu.close()
+        gpu.let_go()
+        assert world.gpu.npages == world.gpu.free_pages
+        gpu.close()
+
+    def test_late(self):
+        """A copy that ends late is waited for, and one that fails late is put back."""
+        world, gpu = self.small(
+            copy_in={"fail_at": 1, "how": "late", "delay": 0.02},
+            copy_out={"fail_at": 1, "how": "fail"},
+        )
+
+        assert 5 == gpu.to_device(world.process, world.addr, world.nbytes).migrated
+        with pytest.raises(DeviceError, match="copy_out 1 of 5 pages: fail"):
+            gpu.to_system(world.process, world.addr, world.nbytes)
+
+        assert [True] * 5 == world.on_device()
+        assert world.intact()
+
+    def test_too_late(self):
+        """Late by more than anybody waits is a timeout, and the copy ends some other time."""
+        world, gpu = self.small(copy={"fail_at": 1, "how": "late", "delay": 0.02})
+        world.gpu.timeout = 0.015
+
+        with pytest.raises(TimedOut):
+            gpu.to_device(world.process, world.addr, world.nbytes)
+
+        assert world.intact()
+        gpu.let_go()
+        assert 5 == gpu.to_device(world.process, world.addr, world.nbytes).migrated
 
     def test_disarmed(self):
         """Disarmed it neither fails nor counts."""

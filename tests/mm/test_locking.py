@@ -12,7 +12,10 @@ from mm.locking import (
     RwSemaphore,
     SpinLock,
     current,
+    kthread_run,
     preempt,
+    read_poll_timeout,
+    taking_turns,
     wait_event_timeout,
 )
 from tests.interleave import Stuck, explore
@@ -287,3 +290,20 @@ class TestWaitEventTimeout:
         explore(scenario)
 
         assert True in said
+
+
+class TestThreads:
+    def test_poll(self):
+        """What wakes nobody up is looked at until it is there, or time is up."""
+        looks = iter([False, False, True])
+
+        assert read_poll_timeout(lambda: next(looks), 30.0)
+        assert not read_poll_timeout(lambda: False, 0.005)
+
+    def test_kthread(self):
+        """A kernel thread runs beside the one that made it."""
+        done = threading.Event()
+        kthread_run(done.set, "kthread")
+
+        assert done.wait(30.0)
+        assert not taking_turns()

@@ -106,6 +106,7 @@ class LooksAtEverybody(NumpyDevice):
     """Asks for the mmap_sem of processes that it does not work for, with pages locked."""
 
     breaks, evidence = "lock-order", "mmap_sem of train is taken by a thread that holds a page lock"
+    engines = 0
 
     def copy_out(self, pages, system, rows):
         for mm in self.tables:

@@ -89,6 +89,7 @@ class LosesForNoReason(NumpyDevice):
     """Reports a page as lost which is not."""
 
     breaks, evidence = "lost", "1 of 5 pages are lost, without a cause"
+    engines = 0
 
     def copy_out(self, pages, system, rows):
         super().copy_out(pages, system, rows)
@@ -99,6 +100,7 @@ class AnswersWithNumbers(NumpyDevice):
     """Names the lost pages, in place of a mask."""
 
     breaks, evidence = "lost", "neither None nor bool.5."
+    engines = 0
 
     def copy_out(self, pages, system, rows):
         super().copy_out(pages, system, rows)

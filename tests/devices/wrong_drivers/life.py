@@ -75,6 +75,7 @@ class DropsWhatItEvicts(NumpyDevice):
 
     breaks, evidence = "eviction", "CPU, after six windows of 40 pages"
     dropping = False
+    engines = 0
 
     def make_room(self, npages):
         self.dropping = npages == 40
@@ -129,7 +130,8 @@ class SharesItsMemory(NumpyDevice):
     """All devices of this class are one."""
 
     breaks, evidence = "two-devices", "the first device's pages: page 0"
-    shared = reserve_payload(1024)
+    shared = reserve_payload(4096)
+    engines = 0
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -141,6 +143,7 @@ class KnowsOneMemory(NumpyDevice):
     """Takes every row for one of the machine's memory, also those of a buffer."""
 
     breaks, evidence = "between", "moved to another device: page 1, byte"
+    engines = 0
 
     def copy_in(self, pages, system, rows):
         super().copy_in(pages, self.mem.payload, rows)

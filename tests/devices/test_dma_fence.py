@@ -1,0 +1,120 @@
+"""Fences of copies that are under way, and the threads that do the copies."""
+
+import threading
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+from devices.dma_fence import DmaFence, answer_of
+from devices.engines import CopyEngines
+from mm.errors import TimedOut
+from mm.locking import install_scheduler
+from tests.interleave import TakingTurns
+
+SOON = 30.0
+
+
+class TestDmaFence:
+    def test_answer(self):
+        """Who waits gets the answer of the copy; who has one already gets that."""
+        fence, lost = DmaFence("a copy"), np.array([True, False])
+        fence.signal(lost)
+
+        assert fence.is_signaled()
+        assert [True, False] == answer_of(fence, 0).tolist()
+        assert lost is answer_of(lost, 0)
+        assert answer_of(None, 0) is None
+
+    def test_error(self):
+        """What made the copy fail is raised to who waits, whenever."""
+        fence = DmaFence("a copy")
+        fence.run(lambda: 1 / 0)
+
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                fence.wait(0)
+
+    def test_never(self):
+        """A copy that does not end is a timeout that names it."""
+        with pytest.raises(TimedOut, match=r"gpu0: copy_in of 7 pages is not done after 0.01 s"):
+            DmaFence("gpu0: copy_in of 7 pages").wait(0.01)
+
+    def test_wakes(self):
+        """Who waits is woken up when it signals."""
+        fence = DmaFence("a copy")
+        threading.Timer(0.02, fence.signal).start()
+        begin = time.monotonic()
+
+        fence.wait(SOON)
+
+        assert time.monotonic() - begin < SOON / 2
+
+    def test_watchers(self):
+        """Each watcher hears once what came of it, by way of who waits."""
+        seen, error = [], KeyError("x")
+        for why in (None, error):
+            fence = DmaFence("a copy")
+            fence.watch(lambda *answer: seen.append(answer))
+            fence.signal(error=why)
+            for _ in range(2):
+                with suppress(KeyError):
+                    fence.wait(0)
+
+        assert [(None, None), (None, error)] == seen
+
+
+class TestCopyEngines:
+    def test_copies_at_once(self):
+        """As many copies are under way as there are engines, and the others in order."""
+        engines, order = CopyEngines("gpu0", 2), []
+        meeting, gate = threading.Barrier(3), threading.Event()
+
+        def first():
+            meeting.wait(SOON)
+            gate.wait(SOON)
+
+        fences = [engines.submit(first, "one"), engines.submit(first, "two")]
+        fences += [engines.submit(lambda i=i: order.append(i), str(i)) for i in range(3)]
+        meeting.wait(SOON)
+        assert not any(fence.is_signaled() for fence in fences)
+        gate.set()
+        for fence in fences:
+            fence.wait(SOON)
+
+        assert [0, 1, 2] == sorted(order)
+        assert 2 == engines.threads
+
+    def test_errors(self):
+        """A copy that fails says so, and its engine goes on."""
+        engines = CopyEngines("gpu0", 1)
+        bad, good = engines.submit(lambda: 1 / 0, "bad"), engines.submit(lambda: None, "good")
+
+        with pytest.raises(ZeroDivisionError):
+            bad.wait(SOON)
+        assert good.wait(SOON) is None
+
+    def test_threads_end(self, monkeypatch):
+        """Engines that have nothing to do end, and begin again when they have."""
+        monkeypatch.setattr("devices.engines.IDLE_SECONDS", 0.01)
+        engines = CopyEngines("gpu0", 2)
+        engines.submit(lambda: None, "a copy").wait(SOON)
+        end = time.monotonic() + SOON
+        while engines.threads and time.monotonic() < end:
+            time.sleep(0.01)
+        assert 0 == engines.threads
+
+        engines.submit(lambda: None, "a copy").wait(SOON)
+
+    def test_in_turns(self):
+        """Where threads take turns a copy is done before submit() returns."""
+        engines = CopyEngines("gpu0", 2)
+        install_scheduler(TakingTurns([], lambda options: 0))
+        try:
+            fence = engines.submit(lambda: None, "a copy")
+        finally:
+            install_scheduler(None)
+
+        assert fence.is_signaled()
+        assert 0 == engines.threads
