@@ -35,6 +35,7 @@ from mm.filemap import lock_new_page
 from mm.gfp import GFP_HIGHUSER_MOVABLE
 from mm.highmem import copy_highpages, reserve_payload
 from mm.machine import Machine
+from mm.memparse import Size, memparse
 from mm.mempolicy import alloc_pages_vma
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages, pages_in_use
 from mm.mmzone import PageStack, Zone
@@ -46,7 +47,7 @@ from mm.types import MemMap, MemoryType, MmStruct, Vma, VmFault
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Mask, Payload, Pfns, word
 from mm.vectors import distinct, pieces, places
 
-CHUNK_PAGES: Final = (256 << 20) >> PAGE_SHIFT
+CHUNK: Final = 256 << 20  # bytes of device memory that come at a time
 
 _PAGE: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_MIGRATE)
 
@@ -81,7 +82,7 @@ class MigrationRecord:
 
 
 class DmirrorChunk:
-    """256 MiB of device memory. Linux: struct dmirror_chunk."""
+    """Device memory that came in one piece. Linux: struct dmirror_chunk."""
 
     def __init__(self, device: DmirrorDevice) -> None:
         self.device = device
@@ -89,10 +90,10 @@ class DmirrorChunk:
         self.name = f"hmm_dmirror{device.number}"
         self.type = MemoryType.DEVICE_PUBLIC if device.public else MemoryType.DEVICE_PRIVATE
         mem = device.mem
-        self.zone: Zone = devm_memremap_pages(mem, self, CHUNK_PAGES)
+        self.zone: Zone = devm_memremap_pages(mem, self, device.chunk_pages)
         self.memory: Payload | None = None  # of private pages; public ones are in mem.payload
         if mem.payload is not None and not device.public:
-            self.memory = reserve_payload(CHUNK_PAGES)
+            self.memory = reserve_payload(device.chunk_pages)
 
     def page_fault(self, vma: Vma, addrs: Addresses, pfns: Pfns, *, write: bool) -> VmFault:
         """Linux: dmirror_devmem_fault()."""
@@ -106,13 +107,16 @@ class DmirrorChunk:
 class DmirrorDevice:
     """One of the reference driver's devices; *public* is what later kernels call coherent.
 
-    Linux: struct dmirror_device.
+    chunk: how much memory it adds whenever it has none left. Linux: struct dmirror_device.
     """
 
-    def __init__(self, machine: Machine, number: int, *, public: bool = False) -> None:
+    def __init__(
+        self, machine: Machine, number: int, *, public: bool = False, chunk: Size = CHUNK
+    ) -> None:
         self.mem: MemMap = machine.mem
         self.number = number
         self.public = public
+        self.chunk_pages = memparse(chunk) >> PAGE_SHIFT
         self.chunks: list[DmirrorChunk] = []
         self.free_pages = PageStack()
         self.fail_next_alloc = False  # HMM_DMIRROR_FLAG_FAIL_ALLOC: one allocation fails
@@ -300,10 +304,11 @@ class DmirrorDevice:
         for chunk in self.chunks if self.public else ():
             restore_exclusive_pages(self.mem, pages_in_use(self.mem, chunk.zone))
         self.evict()
-        if self.free_pages.size != len(self.chunks) * CHUNK_PAGES:
+        npages = len(self.chunks) * self.chunk_pages
+        if self.free_pages.size != npages:
             raise Busy(
                 f"hmm_dmirror{self.number}: "
-                f"{len(self.chunks) * CHUNK_PAGES - self.free_pages.size} device pages are held by "
+                f"{npages - self.free_pages.size} device pages are held by "
                 f"somebody; drop those references first"
             )
         self.free_pages.pop(self.free_pages.size)

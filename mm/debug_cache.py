@@ -11,7 +11,7 @@ from mm.page_cache import page_in_cache
 from mm.page_flags import PG_dirty, PG_locked, PG_lru, PG_swapbacked, PG_swapcache
 from mm.shmem import shmem_mapping
 from mm.types import AddressSpace, MemMap, Vma
-from mm.typing import Pfns
+from mm.typing import Mask, Pfns
 from mm.vectors import joined
 from mm.xarray import MAX_INDEX, xa_is_value, xa_to_value
 
@@ -19,6 +19,7 @@ from mm.xarray import MAX_INDEX, xa_is_value, xa_to_value
 def check_page_cache(mem: MemMap, census: Census) -> Complaints:
     """A page is in one place of one cache, which knows it as it knows its place."""
     caches = [_pages_of(mem, mapping) for mapping in mem.mappings.values()]
+    dirty = dirty_in_tables(mem)
     for mapping, (indexes, pfns) in zip(mem.mappings.values(), caches, strict=True):
         outside = (pfns <= 0) | (pfns >= mem.max_pfn)
         yield from complain("i_pages", indexes, outside, "no such frame", "index")
@@ -28,14 +29,14 @@ def check_page_cache(mem: MemMap, census: Census) -> Complaints:
         moved = mem.index[there] != places
         yield from complain("index", there, moved, f"not its place in {mapping.host!r}")
         if shmem_mapping(mapping):
-            yield from _check_shmem(mem, mapping)
+            yield from _check_shmem(mem, mapping, dirty)
         tagged, entries = mapping.i_pages.find(0, MAX_INDEX, PAGECACHE_TAG_DIRTY)
         clean = (entries <= 0) | (mem.flags[entries] & PG_dirty == 0)
         yield from complain("i_pages", tagged, clean, "tagged dirty, and not so", "index")
     yield from _check_cached(mem, census, joined([pfns for _, pfns in caches]))
 
 
-def _check_shmem(mem: MemMap, mapping: AddressSpace) -> Complaints:
+def _check_shmem(mem: MemMap, mapping: AddressSpace, dirty: Mask) -> Complaints:
     """What is in swap has a slot, and what nobody stored to holds zeros."""
     indexes, entries = mapping.i_pages.find(0, MAX_INDEX)
     slots = xa_to_value(entries)
@@ -50,7 +51,7 @@ def _check_shmem(mem: MemMap, mapping: AddressSpace) -> Complaints:
     )
     if mem.payload is not None:
         clean = (mem.flags[pfns] & (PG_dirty | PG_locked)) == 0
-        clean &= ~dirty_in_tables(mem)[pfns]
+        clean &= ~dirty[pfns]
         clean[clean] = mem.payload[pfns[clean]].any(axis=1)
         yield from complain("contents", pfns, clean, "clean, yet not zeros, and stored nowhere")
 

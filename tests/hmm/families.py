@@ -244,9 +244,11 @@ class Families:
         super().__init__()
         self.folder = TemporaryDirectory()
         nodes = ("4MiB", "4MiB")
-        self.machine = Machine(nodes, swap="8MiB", debug=True, max_physmem="1152MiB")
+        self.machine = Machine(nodes, swap="8MiB", debug=True, max_physmem="64MiB")
         self.free = self.machine.nr_free_pages
-        self.devices = [DmirrorDevice(self.machine, n, public=n > 1) for n in range(4)]
+        self.devices = [
+            DmirrorDevice(self.machine, n, public=n > 1, chunk="128KiB") for n in range(4)
+        ]
         self.pins: list[Pin] = []
         self.stored = 0
         self.groups: list[MemCgroup] = [self.machine.cgroup(path) for path in GROUPS]
