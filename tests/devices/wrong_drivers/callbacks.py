@@ -99,7 +99,7 @@ class TakesLocksInside(NumpyDevice):
         for mm in self.tables:
             with mm.page_table_lock, mm.mmap_sem.read():
                 pass
-        super().copy_in(pages, system, rows)
+        return super().copy_in(pages, system, rows)
 
 
 class LooksAtEverybody(NumpyDevice):
