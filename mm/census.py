@@ -115,5 +115,6 @@ def dirty_in_tables(mem: MemMap) -> Mask:
     dirty = np.zeros(mem.limit_pfn, dtype=np.bool_)
     for mm in mem.mms:
         for _, _, ptes in used_entries(mm):
-            dirty[pte_pfn(ptes[pte_present(ptes) & pte_dirty(ptes)])] = True
+            pfns = pte_pfn(ptes[pte_present(ptes) & pte_dirty(ptes)])
+            dirty[pfns[pfns < mem.limit_pfn]] = True
     return dirty
