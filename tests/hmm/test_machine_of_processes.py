@@ -485,5 +485,5 @@ class TestFamilies:
     def test_ten_thousand_steps(self):
         """As above, for 10,000 steps and more."""
         run_state_machine_as_test(
-            Processes, settings=settings(max_examples=40, stateful_step_count=300)
+            Processes, settings=settings(max_examples=100, stateful_step_count=120)
         )
