@@ -28,7 +28,7 @@ from mm.memremap import devm_memunmap_pages
 from mm.mmzone import PageStack
 from mm.page_cache import set_page_dirty
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Payload, Pfns
-from mm.vectors import every, places, some, stretches
+from mm.vectors import ascending, every, places, some, stretches
 
 try:
     import cupy
@@ -130,11 +130,11 @@ class CupyDevice(Driver):
 
     def allocate(self, npages: int) -> Indices:
         """Free pages, lowest first and in a row where they are."""
-        return np.sort(self._free.pop(npages))
+        return ascending(self._free.pop(npages)[::-1])
 
     def free(self, pages: Indices) -> None:
         """Those freed last are used first."""
-        self._free.push(np.sort(pages)[::-1])
+        self._free.push(ascending(pages)[::-1])
 
     def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> DmaFence:
         """By DMA: a run at a time, or gathered in buffers and dealt out by a kernel."""

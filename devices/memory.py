@@ -67,7 +67,7 @@ from mm.typing import (
     number,
     word,
 )
-from mm.vectors import distinct, every, pieces, places, some
+from mm.vectors import chosen, distinct, every, pieces, places, rows, some
 
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
 
@@ -192,6 +192,8 @@ class DeviceMemory(ABC):
 
     def _make_room_for(self, mm: MmStruct, spans: Sequence[tuple[Vma, int, int]]) -> None:
         """make_room() for what is not here of *spans*; what it evicts may be of them too."""
+        if sum(end - start for _, start, end in spans) >> PAGE_SHIFT <= self.free_pages:
+            return
         asked = -1
         missing = sum(self._missing(mm, start, end) for _, start, end in spans)
         while missing > asked:
@@ -323,9 +325,10 @@ class DeviceMemory(ABC):
         moved = places(is_migrating(src) & is_valid(dst))
         if private is Direction.TO_DEVICE:
             mm, addrs = vma.vm_mm, start + (moved << PAGE_SHIFT)
-            table, words = self.table_of(mm), dst[moved]
+            here = rows(moved)
+            table, words = self.table_of(mm), dst[here]
             with mm.page_table_lock:
-                there, writable = migrated_entries(mm, addrs, src[moved], words)
+                there, writable = migrated_entries(mm, addrs, src[here], words)
                 if not every(there):
                     addrs, words, writable = addrs[there], words[there], writable[there]
                 table.map(addrs, migrate_pfn_to_pfn(words), writable)
@@ -353,18 +356,19 @@ class DeviceMemory(ABC):
         entries, pages = self.take(mm, dst, places(is_migrating(src)))
         if self.mem.payload is None or not pages.size:
             return None
-        full = is_valid(src[entries])
+        words = src[rows(entries)]
+        full = is_valid(words)
         fence = None
         if every(full):
-            fence = self.ops.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(src[entries]))
+            fence = self.ops.copy_in(pages, self.mem.payload, migrate_pfn_to_pfn(words))
         else:
             fence = self._clear(pages[~full])
             if fence is not None:
                 InFlight(self, fence, dst, entries[~full])()
                 fence = None
             if some(full):
-                rows = migrate_pfn_to_pfn(src[entries[full]])
-                fence = self.ops.copy_in(pages[full], self.mem.payload, rows)
+                frames = migrate_pfn_to_pfn(words[full])
+                fence = self.ops.copy_in(pages[full], self.mem.payload, frames)
                 entries = entries[full]
         self.stats.bytes_to_device += int(np.count_nonzero(full)) * PAGE_SIZE
         return None if fence is None else InFlight(self, fence, dst, entries)
@@ -396,7 +400,8 @@ class DeviceMemory(ABC):
     def _check_allocated(self, pages: Indices, wanted: int) -> None:
         """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
         outside = (pages < 0) | (pages >= self.npages)
-        used = self.mem.refcount[self.zone.start_pfn + pages[~outside]] != FREE_REFCOUNT
+        pfns = self.zone.start_pfn + chosen(pages, ~outside)
+        used = self.mem.refcount[rows(pfns)] != FREE_REFCOUNT
         repeated = some(pages[1:] <= pages[:-1]) and np.unique(pages).size < pages.size
         if pages.size > wanted or some(outside) or some(used) or repeated:
             raise DriverBug(
@@ -414,7 +419,7 @@ class DeviceMemory(ABC):
         self._hand_over(dst, entries, pfns, referenced=True)
         if self.mem.payload is None or not pfns.size:
             return None
-        pages = migrate_pfn_to_pfn(src[entries]) - self.zone.start_pfn
+        pages = migrate_pfn_to_pfn(src[rows(entries)]) - self.zone.start_pfn
         lost = self.ops.copy_out(pages, self.mem.payload, pfns)
         self.stats.bytes_to_system += entries.size * PAGE_SIZE
         if isinstance(lost, DmaFence):
@@ -430,7 +435,7 @@ class DeviceMemory(ABC):
         if not referenced:
             get_page(self.mem, pfns)
         lock_new_page(self.mem, pfns)
-        dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
+        dst[rows(entries)] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
 
     def give_up(self, dst: MigratePfns, entries: Indices) -> None:
         """The contents of *entries* are lost: say so, and free their destinations."""

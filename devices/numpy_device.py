@@ -16,6 +16,7 @@ from mm.machine import Machine
 from mm.memparse import Size
 from mm.mmzone import PageStack
 from mm.typing import PAGE_SIZE, Indices, Payload, Pfns
+from mm.vectors import ascending
 
 ENGINE_PAGES: Final = 1 << 10  # of a copy that is worth an engine: handing 4 MiB over takes a tenth
 
@@ -53,11 +54,11 @@ class NumpyDevice(Driver):
 
     def allocate(self, npages: int) -> Indices:
         """Free pages, lowest first and in a row where they are."""
-        return np.sort(self._free.pop(npages))
+        return ascending(self._free.pop(npages)[::-1])
 
     def free(self, pages: Indices) -> None:
         """Those freed last are used first, while the caches still know them."""
-        self._free.push(np.sort(pages)[::-1])
+        self._free.push(ascending(pages)[::-1])
 
     def copy_in(self, pages: Indices, system: Payload, rows: Pfns) -> DmaFence | None:
         """System memory to device memory."""

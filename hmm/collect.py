@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from hmm.migrate_pfn import (
     MIGRATE_PFN_DEVICE,
     MIGRATE_PFN_LOCKED,
@@ -31,7 +33,7 @@ from mm.pagewalk import Run, walk_page_range
 from mm.pgtable import pte_none, pte_pfn, pte_present, pte_special, pte_write
 from mm.rmap import unmap_to_migration_entries
 from mm.swap import get_page
-from mm.swapops import is_device_private_entry, is_write_device_private_entry, swp_offset
+from mm.swapops import alike, is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.types import vma_is_anonymous
 from mm.typing import NO_PAGES, Indices, Mask, Pfns, Word, word
 from mm.vectors import distinct, every, joined, places, rows, some
@@ -70,25 +72,34 @@ class _Collected(NamedTuple):
 
 def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
     """Linux: migrate_vma_collect_pmd() and migrate_vma_collect_hole(), mm/migrate.c."""
-    ptes = run.ptes
-    private = is_device_private_entry(ptes)
+    ptes, asked = run.ptes, alike(run.ptes)
+    private = is_device_private_entry(asked)
     if not every(private):
-        present = pte_present(ptes)
-        zero = present & pte_special(ptes)
-        _collect_holes(migrate, run, pte_none(ptes) | zero & bool(migrate.select & SELECT_SYSTEM))
-        mapped = places(_wanted(migrate, run, present ^ zero))
-        for at, pfns in _selected(migrate, mapped, pte_pfn(ptes[mapped])) if mapped.size else ():
+        present = pte_present(asked)
+        zero = present & pte_special(asked)
+        of_frames = present ^ zero
+        if not every(of_frames):
+            zero &= bool(migrate.select & SELECT_SYSTEM)
+            _collect_holes(migrate, run, pte_none(asked) | zero)
+        mapped = _wanted(migrate, run, of_frames)
+        found = pte_pfn(ptes[rows(mapped)])
+        for at, pfns in _selected(migrate, mapped, found) if mapped.size else ():
             migrate.reachable = True
             yield _collect_pages(migrate, run, at, pfns, _MAPPED)
     if migrate.select & SELECT_DEVICE_PRIVATE:
-        at = places(_wanted(migrate, run, private))
+        at = _wanted(migrate, run, private)
         if at.size:
             at, pfns = _owned(migrate, at, swp_offset(ptes[at]))
             yield _collect_pages(migrate, run, at, pfns, _DEVICE)
 
 
-def _wanted(migrate: MigrateVma, run: Run, found: Mask) -> Mask:
-    return found if migrate.wanted is None else found & migrate.wanted[run.slice]
+def _wanted(migrate: MigrateVma, run: Run, found: Mask) -> Indices:
+    """Where what is *found* shall be looked at."""
+    if migrate.wanted is not None:
+        found = found & migrate.wanted[run.slice]
+    elif found.size < run.ptes.size:  # all are alike
+        return np.arange(run.ptes.size) if found.item() else NO_PAGES
+    return places(found)
 
 
 def _collect_holes(migrate: MigrateVma, run: Run, empty: Mask) -> None:
@@ -97,7 +108,7 @@ def _collect_holes(migrate: MigrateVma, run: Run, empty: Mask) -> None:
     Unlike Linux v4.20, holes of file mappings are left out; there they fail later, each of them.
     """
     if vma_is_anonymous(migrate.vma):
-        holes = places(_wanted(migrate, run, empty)) + run.first
+        holes = _wanted(migrate, run, empty) + run.first
         migrate.src[holes] = MIGRATE_PFN_MIGRATE
         migrate.stayed[holes] = Stayed.NO
         migrate.holes = joined([migrate.holes, holes])
@@ -135,17 +146,19 @@ def _collect_pages(
     mapping = mem.mapping[rows(pfns)]
     if not every(mapping):
         at, pfns = at[mapping != 0], pfns[mapping != 0]
-    found = ptes[at]
-    writable = is_write_device_private_entry(found) if kind is _DEVICE else pte_write(found)
+    here = rows(at)
+    found = ptes[here]
+    asked = alike(found)
+    writable = is_write_device_private_entry(asked) if kind is _DEVICE else pte_write(asked)
     locked = trylock_page(mem, pfns)
     entries = at + run.first
-    word = migrate_pfn(pfns) | kind | writable * MIGRATE_PFN_WRITE
-    migrate.src[entries] = word
-    migrate.stayed[entries] = Stayed.NO
+    span = rows(entries)
+    migrate.src[span] = migrate_pfn(pfns) | kind | writable * MIGRATE_PFN_WRITE
+    migrate.stayed[span] = Stayed.NO
 
     # The reference that the mapping of a locked page held becomes the migration's.
     if every(locked):
-        ptes[at] = unmap_to_migration_entries(vma, found, pfns)
+        ptes[here] = unmap_to_migration_entries(vma, found, pfns)
         return _Collected(entries, pfns, NO_PAGES)
     migrate.src[entries[~locked]] &= ~MIGRATE_PFN_LOCKED
     get_page(mem, pfns[~locked])

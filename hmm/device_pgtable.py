@@ -39,7 +39,7 @@ from mm.swapops import (
 )
 from mm.types import MemMap, MmStruct
 from mm.typing import PAGE_SIZE, Addresses, Mask, Pfns, Ptes, pages
-from mm.vectors import every, places
+from mm.vectors import every, places, rows
 
 ADDRESS_SPACE: Final = 1 << 57
 _MIGRATE: Final = MmuNotifyEvent.MIGRATE  # members of an Enum are slow to look up
@@ -63,11 +63,11 @@ class DeviceTable:
         if not self.pgd:
             raise InvalidArgument("the device has closed, or the process exited: map nothing")
         pte_alloc_each(self.pool, self.pgd, addrs)
-        self.pool.entries[pte_offset(self.pool, self.pgd, addrs)] = ptes
+        self.pool.entries[rows(pte_offset(self.pool, self.pgd, addrs))] = ptes
 
     def erase(self, addrs: Addresses) -> None:
         """Forget *addrs*."""
-        self.pool.entries[pte_offset(self.pool, self.pgd, addrs)] = 0
+        self.pool.entries[rows(pte_offset(self.pool, self.pgd, addrs))] = 0
 
     def clear(self, start: int, end: int) -> None:
         """Forget [*start*, *end*)."""
@@ -102,7 +102,7 @@ def migrated_entries(
     that. What they did meanwhile is in the migration entries, or is not any more.
     """
     pool = mm.mem.tables
-    ptes = pool.entries[pte_offset(pool, mm.pgd, addrs)]
+    ptes = pool.entries[rows(pte_offset(pool, mm.pgd, addrs))]
     there = is_migration_entry(ptes) & (swp_offset(ptes) == migrate_pfn_to_pfn(src))
     writable, full = is_write_migration_entry(ptes), is_valid(src)
     if every(full):

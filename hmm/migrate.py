@@ -80,7 +80,7 @@ from mm.trace import TracePoint
 from mm.types import MemMap, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
 from mm.userfaultfd_k import userfaultfd_missing
-from mm.vectors import distinct, every, has, parted, places, rows, some
+from mm.vectors import chosen, distinct, every, has, parted, places, rows, some
 
 _CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
 
@@ -125,10 +125,10 @@ def _isolate(migrate: MigrateVma) -> None:
         return
     lru_add_drain(mem)
     pfns = migrate.pfns[system]
-    if not every(has(mem.flags[pfns], PG_lru)):
+    if not every(has(mem.flags[rows(pfns)], PG_lru)):
         lru_add_drain_all(mem)
     isolated = isolate_lru_page(mem, pfns)
-    put_page(mem, pfns[isolated])  # isolation has taken one of its own
+    put_page(mem, chosen(pfns, isolated))  # isolation has taken one of its own
     if not every(isolated):
         busy = np.zeros(migrate.entries.size, dtype=np.bool_)
         busy[system[~isolated]] = True
@@ -256,7 +256,7 @@ def migrate_device_pages(migrate: Migration) -> None:
     Linux: migrate_device_pages(), v6.2.
     """
     mem = migrate.mem
-    words = migrate.dst[migrate.entries]
+    words = migrate.dst[rows(migrate.entries)]
     moved = (words & _CHOSEN) == MIGRATE_PFN_VALID
     if not every(moved):
         migrate.drop(migrate.entries[~moved], Stayed.NOT_CHOSEN)
@@ -357,7 +357,7 @@ def migrate_vma_finalize(migrate: Migration) -> None:
     if not every(moved):
         entries, left = entries[moved], old[moved]
         _finalize_unmoved(migrate)
-    landed = migrate_pfn_to_pfn(migrate.dst[entries])
+    landed = migrate_pfn_to_pfn(migrate.dst[rows(entries)])
     remove_migration_ptes(mem, left, landed)
     # The references of the migration go before the locks: whoever waits for one of these pages
     # may migrate it next, and must find it with no references but its mappings.

@@ -28,10 +28,12 @@ def trylock_page(mem: MemMap, pfns: Pfns) -> Mask:
     """
     preempt("trylock_page")
     with mem.locks.atomic:
-        unlocked = mem.lock_owner[rows(pfns)] == _NOBODY
-        mine = pfns if every(unlocked) else pfns[unlocked]
+        mine = rows(pfns)
+        unlocked = mem.lock_owner[mine] == _NOBODY
+        if not every(unlocked):
+            mine = rows(pfns[unlocked])
         set_bits(mem.flags, mine, PG_locked)
-        mem.lock_owner[rows(mine)] = current()
+        mem.lock_owner[mine] = current()
     return unlocked
 
 
@@ -41,8 +43,9 @@ def lock_new_page(mem: MemMap, pfns: Pfns) -> None:
     Linux: __SetPageLocked(), include/linux/page-flags.h.
     """
     with mem.locks.atomic:
-        set_bits(mem.flags, pfns, PG_locked)
-        mem.lock_owner[rows(pfns)] = current()
+        mine = rows(pfns)
+        set_bits(mem.flags, mine, PG_locked)
+        mem.lock_owner[mine] = current()
 
 
 def page_locked(mem: MemMap, pfns: Pfns) -> Mask:
@@ -95,7 +98,7 @@ def unlock_page(mem: MemMap, pfns: Pfns) -> None:
         if not every(owners):
             wrong = pfns[owners == _NOBODY]
             raise KernelBug(f"unlock_page: not locked: {', '.join(map(hex, wrong[:8].tolist()))}")
-        keep_bits(mem.flags, pfns, _UNLOCKED)
+        keep_bits(mem.flags, mine, _UNLOCKED)
         mem.lock_owner[mine] = NOBODY
         mem.locks.wake_up()
     preempt("unlock_page")

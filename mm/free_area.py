@@ -15,7 +15,7 @@ import numpy as np
 from mm.mmzone import MAX_ORDER, Zone
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, pages
-from mm.vectors import nr_pieces, pieces
+from mm.vectors import ascending, nr_pieces, pieces
 
 _LONG_RUN: Final = 8  # mean length from which freeing run by run is faster
 _SLACK: Final = 32  # stale items that a look at a stack may meet before it has to look again
@@ -39,7 +39,7 @@ def rmqueue_bulk(mem: MemMap, zone: Zone, count: int) -> Pfns:
         count -= runs[-1].size
         if not heads.size:
             order -= 1
-    return runs[0] if len(runs) == 1 else sorted_pfns(np.concatenate((pages(), *runs)))
+    return runs[0] if len(runs) == 1 else ascending(np.concatenate((pages(), *runs)))
 
 
 def rmqueue_smallest(mem: MemMap, zone: Zone, count: int) -> int:
@@ -175,9 +175,9 @@ def del_from_free_area(mem: MemMap, zone: Zone, order: int, count: int) -> Pfns:
         live = np.flatnonzero(mem.free_order[items] == order + 1)[-wanted:]
         area.size = bottom + (live.item(0) if live.size == wanted else 0)
 
-        heads = unique_pfns(sorted_pfns(items[live]))
+        heads = unique_pfns(ascending(items[live]))
         mem.free_order[heads] = 0
-        taken = sorted_pfns(np.concatenate((taken, heads))) if taken.size else heads
+        taken = ascending(np.concatenate((taken, heads))) if taken.size else heads
     zone.nr_free -= taken.size << order
     return taken
 
@@ -224,11 +224,6 @@ def in_blocks(heads: Pfns, orders: Indices, pfns: Pfns) -> Mask:
     block = np.searchsorted(heads, pfns, side="right") - 1
     ends = np.append(heads + (1 << orders), 0)  # before the first block: beyond the end of the last
     return pfns < ends[block]
-
-
-def sorted_pfns(pfns: Pfns) -> Pfns:
-    """*pfns*, ascending."""
-    return np.sort(pfns) if pfns.size > 1 else pfns
 
 
 def unique_pfns(pfns: Pfns) -> Pfns:

@@ -128,8 +128,9 @@ def _leave_swap_cache(mem: MemMap, new: Pfns, old: Pfns) -> Mask:
 def migrate_page_states(mem: MemMap, new: Pfns, old: Pfns) -> None:
     """Copy what is known about old[i] to new[i]. Linux: migrate_page_states(), mm/migrate.c."""
     with mem.locks.atomic:
-        mem.flags[rows(new)] |= mem.flags[rows(old)] & _MOVED_FLAGS
-        keep_bits(mem.flags, old, _KEPT_FLAGS)
+        left = rows(old)
+        mem.flags[rows(new)] |= mem.flags[left] & _MOVED_FLAGS
+        keep_bits(mem.flags, left, _KEPT_FLAGS)
     if mem.memcgs:
         mem_cgroup_migrate(mem, old, new)
 

@@ -28,7 +28,6 @@ from mm.free_area import (
     in_blocks,
     rmqueue_bulk,
     rmqueue_smallest,
-    sorted_pfns,
 )
 from mm.gfp import Gfp
 from mm.locking import current, wait_event_timeout
@@ -38,7 +37,7 @@ from mm.sched import current_task
 from mm.trace import TracePoint
 from mm.types import MemMap
 from mm.typing import Indices, Mask, Pfns, Word, pages, word
-from mm.vectors import joined, nr_pieces, pieces, some
+from mm.vectors import ascending, joined, nr_pieces, pieces, some
 
 PCP_BATCH: Final = 31  # pages that move between a per-CPU list and the buddy lists at a time
 PCP_HIGH: Final = 6 * PCP_BATCH
@@ -114,7 +113,7 @@ def alloc_pages_nodemask(
             missing -= parts[-1].size
             if not missing:
                 break
-    taken = parts[0] if len(parts) == 1 else sorted_pfns(np.concatenate(parts))
+    taken = parts[0] if len(parts) == 1 else ascending(np.concatenate(parts))
     if taken.size:
         prep_new_page(mem, taken, order, gfp)
     if mm_page_alloc:
@@ -181,7 +180,7 @@ def get_page_from_freelist(
             zone_statistics(mem, zones[0], zone, part.size, cpu)
             parts.append(part)
             count -= part.size
-    taken = parts[0] if len(parts) == 1 else sorted_pfns(np.concatenate((pages(), *parts)))
+    taken = parts[0] if len(parts) == 1 else ascending(np.concatenate((pages(), *parts)))
     mem.vmstat.add("nr_free_pages", -taken.size)
     return taken
 
@@ -244,7 +243,7 @@ def rmqueue(mem: MemMap, zone: Zone, order: int, count: int, spare: int, cpu: in
     pcp = zone.pcp[cpu]
     if pcp.size < count:
         pcp.push(rmqueue_bulk(mem, zone, min(PCP_BATCH, spare))[::-1])
-    return sorted_pfns(pcp.pop(count))
+    return ascending(pcp.pop(count))
 
 
 def prep_new_page(mem: MemMap, pfns: Pfns, order: int, gfp: int) -> None:
@@ -272,7 +271,7 @@ def free_pages_bulk(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     are noticed only with `mem.debug`. Linux: free_unref_page_list().
     """
     if pfns.size:
-        free_pages_ok(mem, sorted_pfns(pfns), 0, cpu)
+        free_pages_ok(mem, ascending(pfns), 0, cpu)
 
 
 def free_pages(mem: MemMap, pfn: int, order: int, cpu: int = 0) -> None:

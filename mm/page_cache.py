@@ -26,7 +26,7 @@ from mm.sched import current_task
 from mm.swap import get_page, lru_cache_add, put_page
 from mm.types import PAGE_MAPPING_FLAGS, AddressSpace, MemMap, MmStruct
 from mm.typing import Indices, Mask, Pfns, number, word
-from mm.vectors import distinct, every, has, rows, some
+from mm.vectors import distinct, every, has, rows, set_bits, some
 from mm.workingset import workingset_refault
 from mm.xarray import Entries, xa_is_value, xa_mk_value, xa_to_value
 
@@ -229,7 +229,7 @@ def set_page_dirty(mem: MemMap, pfns: Pfns) -> None:
                 (mapping.a_ops.set_page_dirty or set_page_dirty_nobuffers)(mapping, mine)
             pfns = pfns[~filed]
     with mem.locks.atomic:
-        mem.flags[pfns] |= PG_dirty
+        set_bits(mem.flags, rows(pfns), PG_dirty)
 
 
 def set_page_dirty_no_writeback(mapping: AddressSpace, pfns: Pfns) -> None:

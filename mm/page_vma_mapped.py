@@ -8,7 +8,7 @@ from mm.pgtable import pte_offset, pte_pfn, pte_present
 from mm.swapops import is_device_private_entry, is_migration_entry, swp_offset
 from mm.types import Vma
 from mm.typing import Addresses, Indices, Mask, Pfns
-from mm.vectors import every
+from mm.vectors import every, rows
 
 
 def page_vma_mapped_walk(
@@ -21,7 +21,7 @@ def page_vma_mapped_walk(
     """
     pool = vma.vm_mm.mem.tables
     at = pte_offset(pool, vma.vm_mm.pgd, addrs)
-    ptes = pool.entries[at]
+    ptes = pool.entries[rows(at)]
     if migration:
         return at, is_migration_entry(ptes) & (swp_offset(ptes) == pfns)
     present = pte_present(ptes)

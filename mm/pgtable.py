@@ -20,8 +20,20 @@ import numpy as np
 
 from mm.errors import KernelBug, OutOfMemory
 from mm.page_flags import BIT
-from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, Word, pages, word
-from mm.vectors import every, has, nr_pieces, pieces, places, some
+from mm.typing import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Addresses,
+    Indices,
+    Mask,
+    Pfns,
+    Ptes,
+    Word,
+    number,
+    pages,
+    word,
+)
+from mm.vectors import every, has, pieces, places, rows, some
 from mm.vmstat import VmStat
 
 PTRS_PER_PTE: Final = 512
@@ -57,7 +69,9 @@ _PAGE_CHG_MASK: Final = word(
 )
 _NOT_WRITABLE: Final = word(~_PAGE_RW)
 _SHIFT: Final = word(PAGE_SHIFT)
-_FEW_PAGES: Final = 8  # in a row from one table, on average: then look each table up once
+_ADDRESS_SHIFT: Final = number(PAGE_SHIFT)
+_BLOCK_SHIFT: Final = PMD_SHIFT - PAGE_SHIFT
+_SPARSE: Final = 4  # blocks in between to one address
 
 
 def pte_none(ptes: Ptes) -> Mask:
@@ -275,22 +289,38 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
         addr = addrs.item()
         table = _pte_table(pool, pgd, addr >> PMD_SHIFT)
         return pages(table * PTRS_PER_PTE + _index(addr, PAGE_SHIFT))
-    numbers = addrs >> PAGE_SHIFT
-    blocks = addrs >> PMD_SHIFT
-    if addrs.size and every(blocks == blocks[0]):
-        block = blocks.item(0)
-        return numbers + (_pte_table(pool, pgd, block) - block) * PTRS_PER_PTE
-    within = numbers & (PTRS_PER_PTE - 1)
+    numbers = addrs >> _ADDRESS_SHIFT
     if not addrs.size:
-        return within
-    breaks = blocks[1:] != blocks[:-1]
-    if nr_pieces(breaks) * _FEW_PAGES > addrs.size:  # in disorder, and back to the same table often
-        blocks, which = np.unique(blocks, return_inverse=True)
-        tables = [_pte_table(pool, pgd, block) for block in blocks.tolist()]
-        return within + (np.array(tables) * PTRS_PER_PTE)[which]
-    for piece in pieces(breaks, blocks.size):
-        within[piece] += _pte_table(pool, pgd, blocks.item(piece.start)) * PTRS_PER_PTE
-    return within
+        return numbers
+    blocks = None
+    if isinstance(rows(numbers), slice):
+        first, last = numbers.item(0) >> _BLOCK_SHIFT, numbers.item(-1) >> _BLOCK_SHIFT
+    else:
+        blocks = numbers >> _BLOCK_SHIFT
+        first, last = blocks.min().item(), blocks.max().item()
+        if last - first > _SPARSE * addrs.size:  # far apart: look at those that occur
+            blocks, which = np.unique(blocks, return_inverse=True)
+            tables = [_pte_table(pool, pgd, block) for block in blocks.tolist()]
+            return numbers + ((np.array(tables) - blocks) * PTRS_PER_PTE)[which]
+    if first == last:
+        return numbers + (_pte_table(pool, pgd, first) - first) * PTRS_PER_PTE
+    moved = (_tables_of(pool, pgd, first, last + 1) - np.arange(first, last + 1)) * PTRS_PER_PTE
+    if every(moved == moved[0]):
+        return numbers + moved[0]
+    if blocks is None:
+        blocks = numbers >> _BLOCK_SHIFT
+    return numbers + moved[blocks - first]
+
+
+def _tables_of(pool: TablePool, pgd: int, first: int, end: int) -> Indices:
+    """Rows of the PTE tables for 2 MiB blocks *first* to *end*, one for each; 0 where none is."""
+    tables = []
+    while first < end:
+        stop = min(end, (first | (PTRS_PER_PTE - 1)) + 1)
+        pmd = pmd_offset(pool, pgd, first << PMD_SHIFT)
+        tables.append(pte_tables(pool, pmd, first << PMD_SHIFT, stop << PMD_SHIFT))
+        first = stop
+    return tables[0] if len(tables) == 1 else np.concatenate(tables)
 
 
 def _pte_table(pool: TablePool, pgd: int, block: int) -> int:

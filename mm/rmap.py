@@ -47,6 +47,7 @@ from mm.swapops import (
     SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
     SWP_UFFD_WP,
+    alike,
     is_write_device_private_entry,
     is_write_migration_entry,
     make_device_private_entry,
@@ -70,7 +71,7 @@ from mm.types import (
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, number, word
 from mm.unevictable import mlock_new_page, mlock_vma_page, munlock_vma_page
-from mm.vectors import add_at, distinct, every, has, places, rows, some, stretches
+from mm.vectors import add_at, chosen, distinct, every, has, places, rows, some, stretches
 
 _ONE: Final = np.array(1, dtype=np.int32)
 _ZERO: Final = np.array(0, dtype=np.int32)
@@ -119,8 +120,9 @@ def page_add_anon_rmap(vma: Vma, pfns: Pfns) -> None:
 
 def _count_anon_mappings(mem: MemMap, pfns: Pfns) -> None:
     with mem.locks.atomic:
-        before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
-        add_at(mem.mapcount, pfns, 1)
+        which = rows(pfns)
+        before = int(np.count_nonzero(mem.mapcount[which]))
+        add_at(mem.mapcount, which, 1)
     mem.vmstat.add("nr_anon_pages", pfns.size - before)
 
 
@@ -131,8 +133,9 @@ def page_add_file_rmap(vma: Vma, pfns: Pfns) -> None:
     """
     mem = vma.vm_mm.mem
     with mem.locks.atomic:
-        before = int(np.count_nonzero(mem.mapcount[rows(pfns)]))
-        add_at(mem.mapcount, pfns, 1)
+        which = rows(pfns)
+        before = int(np.count_nonzero(mem.mapcount[which]))
+        add_at(mem.mapcount, which, 1)
     mem.vmstat.add("nr_mapped", pfns.size - before)
     mlock_vma_page(vma, pfns)
 
@@ -246,7 +249,7 @@ def rmap_walk(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
                     inside &= mapping == owner
                 at = places(inside)
                 if at.size:
-                    yield Mapping(vma, at, vma.vm_start + (offset[at] << _SHIFT))
+                    yield Mapping(vma, at, vma.vm_start + (chosen(offset, inside) << _SHIFT))
 
 
 def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
@@ -258,22 +261,23 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
     loses in every process but the one that migrates (gone by 5.14).
     Linux: try_to_unmap_one() with TTU_MIGRATION, mm/rmap.c.
     """
-    mem, present = vma.vm_mm.mem, pte_present(ptes)
+    mem, asked = vma.vm_mm.mem, alike(ptes)
+    present = pte_present(asked)
     if every(present):
-        dirty = pte_dirty(ptes)
+        dirty = pte_dirty(asked)
         if some(dirty):
-            set_page_dirty(mem, pfns[dirty])
-        writable, watched = pte_write(ptes), pte_soft_dirty(ptes) * SWP_SOFT_DIRTY
+            set_page_dirty(mem, chosen(pfns, dirty))
+        writable, watched = pte_write(asked), pte_soft_dirty(asked) * SWP_SOFT_DIRTY
         if vma.vm_mm.uffd_wp:
-            watched |= pte_uffd_wp(ptes) * SWP_UFFD_WP
+            watched |= pte_uffd_wp(asked) * SWP_UFFD_WP
     elif not some(present):
-        writable, watched = is_write_device_private_entry(ptes), ptes & _WATCHED
+        writable, watched = is_write_device_private_entry(asked), asked & _WATCHED
     else:
         entries = np.empty_like(ptes)
         for kind in (present, ~present):
             entries[kind] = unmap_to_migration_entries(vma, ptes[kind], pfns[kind])
         return entries
-    exclusive = has(mem.flags[pfns], PG_anon_exclusive)
+    exclusive = has(mem.flags[rows(pfns)], PG_anon_exclusive)
     page_remove_rmap(vma, pfns)
     return make_migration_entry(pfns, writable) | watched | exclusive * SWP_EXCLUSIVE
 
@@ -455,20 +459,19 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
     Linux: remove_migration_ptes(), mm/migrate.c.
     """
     for vma, pages, addrs in rmap_walk(mem, new):
+        which = rows(pages)
         with vma.vm_mm.page_table_lock:
-            at, waiting = page_vma_mapped_walk(vma, old[pages], addrs, migration=True)
-            if every(waiting):
-                replaced = new[pages]
-            else:
-                at, replaced = at[waiting], new[pages[waiting]]
+            at, waiting = page_vma_mapped_walk(vma, old[which], addrs, migration=True)
+            at, replaced = chosen(at, waiting), chosen(new[which], waiting)
             if replaced.size:
                 get_page(mem, replaced)
-                entries = mem.tables.entries[at]
-                exclusive = pte_swp_exclusive(entries)
+                here = rows(at)
+                entries = mem.tables.entries[here]
+                exclusive = pte_swp_exclusive(alike(entries))
                 if not every(exclusive):
                     with mem.locks.atomic:
-                        mem.flags[replaced[~exclusive]] &= _NOT_EXCLUSIVE
-                mem.tables.entries[at] = _mapping_entries(vma, entries, replaced)
+                        mem.flags[chosen(replaced, ~exclusive)] &= _NOT_EXCLUSIVE
+                mem.tables.entries[here] = _mapping_entries(vma, entries, replaced)
                 if vma.vm_file is None:
                     page_add_anon_rmap(vma, replaced)
                 else:
@@ -480,7 +483,7 @@ def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
 
     Unlike Linux v4.20, an entry of device memory stays soft-dirty (as in 5.9).
     """
-    mem = vma.vm_mm.mem
+    mem, waiting = vma.vm_mm.mem, alike(waiting)
     writable = is_write_migration_entry(waiting)
     if not vma.vm_flags & VM_WRITE:
         writable = np.zeros_like(writable)
@@ -514,4 +517,4 @@ def poison_migration_ptes(mem: MemMap, pfns: Pfns) -> None:
 
 def page_mapped(mem: MemMap, pfns: Pfns) -> Mask:
     """True for pages that some page table maps. Linux: page_mapped(), include/linux/mm.h."""
-    return mem.mapcount[pfns] > 0
+    return mem.mapcount[rows(pfns)] > 0

@@ -31,7 +31,19 @@ from mm.page_flags import (
 )
 from mm.types import MemMap, page_anon
 from mm.typing import Indices, Mask, Pfns, Ptes, word
-from mm.vectors import add_at, distinct, every, has, joined, keep_bits, places, rows, some, unique
+from mm.vectors import (
+    add_at,
+    chosen,
+    distinct,
+    every,
+    has,
+    joined,
+    keep_bits,
+    places,
+    rows,
+    some,
+    unique,
+)
 
 GUP_PIN_COUNTING_BIAS: Final = 1024  # what a pin adds to `refcount`, to be told from references
 
@@ -55,7 +67,7 @@ def get_page(mem: MemMap, pfns: Pfns, *, refs: int = 1) -> None:
     """*refs* more references to each of *pfns*, which may repeat. Linux: get_page()."""
     if pfns.size:
         with mem.locks.atomic:
-            add_at(mem.refcount, pfns, refs)
+            add_at(mem.refcount, rows(pfns), refs)
             if mem.debug:
                 fresh = pfns[(mem.refcount[pfns] == FREE_REFCOUNT + 1) & (pfns >= mem.max_pfn)]
                 mem.page_owner[fresh] = current()
@@ -71,13 +83,14 @@ def put_page(mem: MemMap, pfns: Pfns, cpu: int = 0, *, refs: int = 1) -> None:
     if not pfns.size:
         return
     with mem.locks.atomic:
-        add_at(mem.refcount, pfns, -refs)
-        left = mem.refcount[rows(pfns)].copy()
+        which = rows(pfns)
+        add_at(mem.refcount, which, -refs)
+        left = mem.refcount[which].copy()
     free_at = mem.is_zone_device_page(pfns)
     last = left <= free_at
     if not some(last):
         return
-    unused = pfns[last]
+    unused = chosen(pfns, last)
     if some(left < free_at):
         wrong = pfns[left < free_at]
         raise KernelBug(f"put_page: no reference left on {', '.join(map(hex, wrong[:8].tolist()))}")
@@ -106,12 +119,13 @@ def page_maybe_dma_pinned(mem: MemMap, pfns: Pfns) -> Mask:
 def _free_system_pages(mem: MemMap, pfns: Pfns, cpu: int) -> None:
     """Off the lists and back to the allocator. Linux: __put_single_page(), mm/swap.c."""
     with mem.locks.atomic:
-        flags = mem.flags[pfns]
+        which = rows(pfns)
+        flags = mem.flags[which]
         listed = has(flags, PG_lru)
         if some(listed):
             _del_from_lru(mem, pfns[listed], flags[listed])
-        mem.flags[pfns] = flags & _OFF_LISTS
-        mem.mapping[pfns] = 0
+        mem.flags[which] = flags & _OFF_LISTS
+        mem.mapping[which] = 0
     free_pages_bulk(mem, pfns, cpu)
 
 
@@ -309,16 +323,16 @@ def isolate_lru_page(mem: MemMap, pfns: Pfns) -> Mask:
 def _isolate(mem: MemMap, pfns: Pfns) -> Mask:
     """Linux: __isolate_lru_page(), mm/vmscan.c."""
     with mem.locks.atomic:
-        flags = mem.flags[pfns]
-        isolated = has(flags, PG_lru) & (
-            mem.refcount[pfns] > 0
-        )  # at 0 somebody is about to free it
-        taken = pfns if every(isolated) else pfns[isolated]
-        keep_bits(mem.flags, taken, _NOT_LRU)
+        which = rows(pfns)
+        flags = mem.flags[which]
+        # At refcount 0 somebody is about to free it.
+        isolated = has(flags, PG_lru) & (mem.refcount[which] > 0)
+        taken = chosen(pfns, isolated)
         if some(has(flags, PG_unevictable)):
             mem.mlock_count[taken] = 0  # what it counts is lost off the list
+        _del_from_lru(mem, taken, chosen(flags, isolated))
+        keep_bits(mem.flags, rows(taken), _NOT_LRU)
         get_page(mem, taken)
-        _del_from_lru(mem, taken, flags[isolated])
     return isolated
 
 

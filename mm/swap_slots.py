@@ -87,13 +87,13 @@ def swap_duplicate(si: SwapInfo, slots: Slots) -> None:
     with si.locks.atomic:
         if not every(si.swap_map[rows(slots)] > 0):
             raise KernelBug(f"swap_duplicate: nobody holds {_unused(si, slots)}")
-        add_at(si.swap_map, slots, 1)
+        add_at(si.swap_map, rows(slots), 1)
 
 
 def swap_free(si: SwapInfo, slots: Slots) -> None:
     """One entry less for each of *slots*, which may repeat. Linux: swap_free()."""
     with si.locks.atomic:
-        add_at(si.swap_map, slots, -1)
+        add_at(si.swap_map, rows(slots), -1)
         left = si.swap_map[rows(slots)] & (SWAP_HAS_CACHE - 1)
         if some(left == SWAP_HAS_CACHE - 1):  # it fell below 0, and borrowed
             raise KernelBug(f"swap_free: no entry was left for {_unused(si, slots)}")

@@ -22,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from mm.pgtable import pte_none, pte_present
+from mm.pgtable import PTE_PFN_MASK, pte_none, pte_present
 from mm.typing import Mask, Pfns, Ptes, Slots, Word, word
 from mm.vectors import has
 
@@ -46,6 +46,11 @@ SWP_DEVICE_READ: Final = MAX_SWAPFILES + 7
 
 PTE_MARKER_UFFD_WP: Final = 1  # the offset of a marker
 
+_WORTH_A_LOOK: Final = 64  # entries: a look at all of them costs as much as two questions
+_PRESENT: Final = (1 << 0) | (1 << 8)  # present, PROT_NONE
+_FRAMES: Final = int(PTE_PFN_MASK)
+_TYPES: Final = ((1 << MAX_SWAPFILES_SHIFT) - 1) << int(SWP_TYPE_SHIFT)
+_OFFSETS: Final = int(SWP_OFFSET_MASK) << int(SWP_OFFSET_SHIFT)
 _NEXT_TYPE: Final = word(1 << 59)
 _FIRST: Final = tuple(word(kind << 59) for kind in range(1 << MAX_SWAPFILES_SHIFT))
 
@@ -53,6 +58,24 @@ _FIRST: Final = tuple(word(kind << 59) for kind in range(1 << MAX_SWAPFILES_SHIF
 def _first(kind: int) -> Word:
     """The lowest entry of swap type *kind*."""
     return _FIRST[kind]
+
+
+def alike(ptes: Ptes) -> Ptes:
+    """The first of *ptes*, where all say the same of their frames or slots; otherwise *ptes*.
+
+    The entries of a long run mostly do: one can be asked for all then, and NumPy spreads the
+    answer, a vector of one, over the others.
+    """
+    if ptes.size < _WORTH_A_LOOK:
+        return ptes
+    all_have, some_have = int(np.bitwise_and.reduce(ptes)), int(np.bitwise_or.reduce(ptes))
+    if all_have & _PRESENT:
+        same = not (all_have ^ some_have) & ~_FRAMES
+    elif all_have & _TYPES:  # a slot of type 0 might differ from an empty entry by its offset alone
+        same = not (all_have ^ some_have) & ~_OFFSETS
+    else:
+        same = not some_have
+    return ptes[:1] if same else ptes
 
 
 def swp_entry(kind: int, offsets: Pfns) -> Ptes:

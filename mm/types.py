@@ -42,6 +42,7 @@ from mm.typing import (
     number,
     word,
 )
+from mm.vectors import every, rows
 from mm.vmstat import VmStat
 from mm.xarray import XArray
 
@@ -174,11 +175,17 @@ class MemMap:
 
     def is_device_private_page(self, pfns: Pfns) -> Mask:
         """True for memory that only its device can touch. Linux: is_device_private_page()."""
-        return self.memory_type[self.zone[pfns]] == _DEVICE_PRIVATE
+        return self._has_type(pfns, _DEVICE_PRIVATE)
 
     def is_device_public_page(self, pfns: Pfns) -> Mask:
         """True for device memory that the CPU can touch. Linux: is_device_public_page()."""
-        return self.memory_type[self.zone[pfns]] == _DEVICE_PUBLIC
+        return self._has_type(pfns, _DEVICE_PUBLIC)
+
+    def _has_type(self, pfns: Pfns, memory_type: NDArray[np.uint8]) -> Mask:
+        zones = self.zone[rows(pfns)]
+        if zones.size > 1 and every(zones == zones[0]):
+            return np.full(zones.size, self.memory_type.item(zones.item(0)) == memory_type)
+        return self.memory_type[zones] == memory_type
 
     def pagemap_of(self, pfn: int) -> DevPagemap | None:
         """The driver's pagemap behind a device page. Linux: page->pgmap."""
@@ -188,7 +195,7 @@ class MemMap:
 
 def page_anon(mem: MemMap, pfns: Pfns) -> Mask:
     """True for anonymous pages. Linux: PageAnon(), include/linux/page-flags.h."""
-    return (mem.mapping[pfns] & _ANON).astype(np.bool_)
+    return (mem.mapping[rows(pfns)] & _ANON).astype(np.bool_)
 
 
 def page_movable(mem: MemMap, pfns: Pfns) -> Mask:

@@ -20,7 +20,7 @@ from mm.page_flags import PG_active, PG_lru, PG_mlocked, PG_unevictable
 from mm.swap import relist_pages
 from mm.types import VM_LOCKED, VM_SPECIAL, MemMap, Vma
 from mm.typing import Pfns, word
-from mm.vectors import add_at, has, some, unique
+from mm.vectors import add_at, has, rows, some, unique
 
 _LISTED: Final = word(PG_lru | PG_unevictable)
 _NOT_ACTIVE: Final = word(~PG_active)
@@ -39,7 +39,7 @@ def mlock_page(mem: MemMap, pfns: Pfns) -> None:
         listed = has(flags, PG_lru)
         moves = unique(pfns[listed & ~has(flags, PG_unevictable)])
         relist_pages(mem, moves, (mem.flags[moves] | PG_unevictable) & _NOT_ACTIVE)
-        add_at(mem.mlock_count, pfns[listed], 1)
+        add_at(mem.mlock_count, rows(pfns[listed]), 1)
 
 
 def mlock_new_page(mem: MemMap, pfns: Pfns) -> None:

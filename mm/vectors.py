@@ -7,13 +7,18 @@ any(), all(), unique() and split() are many calls each.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mm.errors import InvalidArgument
 from mm.typing import Indices, Mask, Word
+
+T = TypeVar("T", bound=np.generic)
+Rows: TypeAlias = slice | Indices  # of a column, as rows() gives them
+
+_LONG = 64
 
 
 def some(mask: NDArray[Any]) -> bool:
@@ -50,6 +55,25 @@ def unique(values: NDArray[np.int64]) -> NDArray[np.int64]:
     return values
 
 
+def ascending(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """*numbers* in order; as they are where they stand so, as they mostly do."""
+    falls = int(np.count_nonzero(numbers[1:] < numbers[:-1])) if numbers.size > 1 else 0
+    if not falls:
+        return numbers
+    # Stretches that are in order are merged, which costs next to nothing if they are long.
+    return np.sort(numbers, kind="stable" if falls * _LONG < numbers.size else None)
+
+
+def chosen(values: NDArray[T], mask: Mask) -> NDArray[T]:
+    """Those of *values* where *mask* is true; without a copy where all are.
+
+    A mask of one is for all of them.
+    """
+    if every(mask):
+        return values
+    return values[mask] if mask.size == values.size else values[:0]
+
+
 def parted(values: NDArray[np.int64], mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Those of *values* where *mask* is true, and the others."""
     if every(mask):
@@ -57,7 +81,7 @@ def parted(values: NDArray[np.int64], mask: Mask) -> tuple[NDArray[np.int64], ND
     return values[mask], values[~mask]
 
 
-def rows(numbers: Indices) -> slice | Indices:
+def rows(numbers: Indices) -> Rows:
     """What selects *numbers* from a column: a slice where they ascend without gaps.
 
     NumPy moves a slice several times as fast as single elements. What it selects may be a view:
@@ -70,35 +94,33 @@ def rows(numbers: Indices) -> slice | Indices:
     return numbers
 
 
-def add_at(column: NDArray[np.int32], numbers: Indices, amount: int) -> None:
-    """Add *amount* to column[n] for each of *numbers*; one that repeats counts as often."""
-    if numbers.size == 1:
-        at = numbers.item()
-        column[at] = column.item(at) + amount
-        return
-    which = rows(numbers)
+def add_at(column: NDArray[np.int32], which: Rows, amount: int) -> None:
+    """Add *amount* to column[n] for each n of *which*; one that repeats counts as often."""
     if isinstance(which, slice):
         column[which] += np.int32(amount)
+    elif which.size == 1:
+        at = which.item()
+        column[at] = column.item(at) + amount
     else:
         np.add.at(column, which, np.int32(amount))
 
 
-def set_bits(words: NDArray[np.uint64], numbers: Indices, bits: Word) -> None:
-    """words[n] |= *bits* for each of *numbers*."""
-    if numbers.size == 1:  # NumPy takes four times as long for one word as Python
-        at = numbers.item()
+def set_bits(words: NDArray[np.uint64], which: Rows, bits: Word) -> None:
+    """words[n] |= *bits* for each n of *which*."""
+    if not isinstance(which, slice) and which.size == 1:
+        at = which.item()  # NumPy takes four times as long for one word as Python
         words[at] = words.item(at) | bits.item()
     else:
-        words[rows(numbers)] |= bits
+        words[which] |= bits
 
 
-def keep_bits(words: NDArray[np.uint64], numbers: Indices, bits: Word) -> None:
-    """words[n] &= *bits* for each of *numbers*."""
-    if numbers.size == 1:
-        at = numbers.item()
+def keep_bits(words: NDArray[np.uint64], which: Rows, bits: Word) -> None:
+    """words[n] &= *bits* for each n of *which*."""
+    if not isinstance(which, slice) and which.size == 1:
+        at = which.item()
         words[at] = words.item(at) & bits.item()
     else:
-        words[rows(numbers)] &= bits
+        words[which] &= bits
 
 
 def joined(vectors: list[NDArray[np.int64]]) -> NDArray[np.int64]:

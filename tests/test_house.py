@@ -29,20 +29,20 @@ OURS = {
     },
     "vectors, where Linux has one page or a loop": {
         "blockfs_extents": "spread",
-        "free_area": "free_pages_sorted free_range in_blocks sorted_pfns unique_pfns",
+        "free_area": "free_pages_sorted free_range in_blocks unique_pfns",
         "highmem": "byte_places reserve_payload",
         "mmap": "vmas_in",
         "mmu_notifier": "call_each",
         "page_cache": "by_mapping",
         "pgtable": "pte_tables",
         "swap": "lru_pages",
-        "swapops": "swp_type swp_offset",
+        "swapops": "alike swp_type swp_offset",
         "typing": "pages word number",
         "types": "payload_of",
         "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
-            "some every has places distinct unique parted rows add_at joined pieces nr_pieces "
-            "stretches set_bits keep_bits integers"
+            "some every has places distinct unique ascending chosen parted rows add_at joined "
+            "pieces nr_pieces stretches set_bits keep_bits integers"
         ),
     },
     "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},

@@ -213,6 +213,22 @@ class TestPteAlloc:
 
         assert [numbers.get(addr, 0) for addr in asked] == found.tolist()
 
+    @given(data=st.data(), first=st.integers(0, 1023), npages=st.integers(1, 3000))
+    def test_long_range(self, data, first, npages):
+        """Each page is found as it is alone, whichever tables of the range there are, and where."""
+        pool, pgd = pool_of()
+        start = PUD_SIZE - PMD_SIZE + first * PAGE_SIZE
+        for block in data.draw(st.permutations(range(8))):
+            if data.draw(st.booleans()):
+                pte_alloc(pool, pgd, *[PUD_SIZE + (block - 1 + i) * PMD_SIZE for i in range(2)])
+        addrs = start + np.arange(npages) * PAGE_SIZE
+
+        at = pte_offset(pool, pgd, addrs)
+
+        alone = [pte_offset(pool, pgd, addrs[i : i + 1]).item() for i in range(0, npages, 37)]
+        assert alone == at[::37].tolist()
+        assert at[::-1].tolist() == pte_offset(pool, pgd, addrs[::-1]).tolist()
+
     @given(addrs=address_sets)
     def test_address_without_a_table_is_in_row_0(self, addrs):
         """Nothing is made by looking."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm.pgtable import mk_pte
+from mm.pgtable import mk_pte, pte_none, pte_present, pte_write
 from mm.swapops import (
     MAX_SWAPFILES,
     SWP_DEVICE_EXCLUSIVE_READ,
@@ -21,6 +21,7 @@ from mm.swapops import (
     SWP_PTE_MARKER,
     SWP_SOFT_DIRTY,
     SWP_UFFD_WP,
+    alike,
     is_device_exclusive_entry,
     is_device_private_entry,
     is_hwpoison_entry,
@@ -170,6 +171,32 @@ class TestKinds:
         assert [picture(SWP_PTE_MARKER, 1)] * 2 == markers.tolist()
         assert not is_pfn_swap_entry(markers).any()
         assert not is_swap_entry(markers).any()
+
+
+class TestAlike:
+    ENTRIES: ClassVar = [0, mk_pte(vector([5]), np.uint64(3)).item(), 0x100 | 5 << 12] + [
+        swp_entry(kind, vector([7])).item() | low
+        for kind in (0, 3, SWP_DEVICE_READ, SWP_DEVICE_WRITE, SWP_MIGRATION_READ)
+        for low in (0, int(SWP_SOFT_DIRTY))
+    ]
+
+    @given(kinds=st.lists(st.sampled_from(ENTRIES), min_size=1, max_size=2))
+    def test_one_speaks_for_all(self, kinds):
+        """Whatever is asked of the entry that stands for all is true of each of them."""
+        ptes = np.resize(np.array(kinds, dtype=np.uint64), 100)
+
+        for ask in (pte_none, pte_present, pte_write, is_device_private_entry, swp_type):
+            assert (ask(alike(ptes)) == ask(ptes)).all()
+        assert (alike(ptes) & SWP_SOFT_DIRTY == ptes & SWP_SOFT_DIRTY).all()
+
+    @pytest.mark.parametrize("kind", [SWP_DEVICE_READ, SWP_MIGRATION_WRITE, 4])
+    def test_frames_may_differ(self, kind):
+        """It is enough to look at one, of many entries or of many present ones."""
+        offsets = np.arange(100)
+
+        assert 1 == alike(swp_entry(kind, offsets)).size
+        assert 1 == alike(mk_pte(offsets, np.uint64(0x67))).size
+        assert 100 == alike(swp_entry(kind, offsets) | (offsets == 50) * SWP_SOFT_DIRTY).size
 
 
 class TestMake:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from mm.typing import pages, word
 from mm.vectors import (
     add_at,
+    ascending,
+    chosen,
     distinct,
     every,
     has,
@@ -65,8 +67,8 @@ class TestMasks:
         words = np.full(40, filled, dtype=np.uint64)
         kept = words.copy()
 
-        set_bits(words, np.array(which, dtype=np.int64), word(bits))
-        keep_bits(kept, np.array(which, dtype=np.int64), word(bits))
+        set_bits(words, rows(pages(*which)), word(bits))
+        keep_bits(kept, rows(pages(*which)), word(bits))
 
         named = [n in which for n in range(40)]
         assert [filled | bits if there else filled for there in named] == words.tolist()
@@ -83,6 +85,13 @@ class TestNumbers:
     def test_unique(self, values):
         """Each value once, in the order in which they come first."""
         assert list(dict.fromkeys(values)) == unique(pages(*values)).tolist()
+
+    @given(values=stretched, times=st.sampled_from([1, 100]))
+    def test_ascending(self, values, times):
+        """In order, whether they come as a few long stretches or in disorder."""
+        numbers = [times * value + i for value in values for i in range(times)]
+
+        assert sorted(numbers) == ascending(pages(*numbers)).tolist()
 
     @given(values=stretched)
     def test_rows(self, values):
@@ -110,7 +119,7 @@ class TestNumbers:
         """A number that repeats counts each time."""
         column = np.zeros(40, dtype=np.int32)
 
-        add_at(column, pages(*values), amount)
+        add_at(column, rows(pages(*values)), amount)
 
         assert [amount * values.count(i) for i in range(40)] == column.tolist()
 
@@ -127,10 +136,16 @@ class TestNumbers:
         """Nothing is lost and the order stays, on both sides."""
         mask = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
 
-        chosen, others = parted(pages(*values), np.array(mask, dtype=np.bool_))
+        those, others = parted(pages(*values), np.array(mask, dtype=np.bool_))
 
-        assert [v for v, kept in zip(values, mask, strict=True) if kept] == chosen.tolist()
+        assert [v for v, kept in zip(values, mask, strict=True) if kept] == those.tolist()
         assert [v for v, kept in zip(values, mask, strict=True) if not kept] == others.tolist()
+        assert those.tolist() == chosen(pages(*values), np.array(mask, dtype=np.bool_)).tolist()
+
+    @given(values=numbers, kept=st.booleans())
+    def test_chosen_by_one(self, values, kept):
+        """A mask of one element is for all of them."""
+        assert (values if kept else []) == chosen(pages(*values), np.array([kept])).tolist()
 
 
 class TestPieces:
