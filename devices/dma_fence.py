@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 from mm.errors import TimedOut
 from mm.locking import Locks
@@ -83,6 +84,32 @@ class DmaFence:
 
     def _answer(self) -> tuple[Mask | None, BaseException | None]:
         return self._lost, self._error
+
+
+class DmaFenceArray(DmaFence):
+    """One fence for the parts of a copy, none of which loses anything: it signals with the last.
+
+    Linux: struct dma_fence_array, drivers/dma-buf/dma-fence-array.c.
+    """
+
+    def __init__(self, what: str, parts: Sequence[DmaFence]) -> None:
+        super().__init__(what)
+        self._parts = parts
+
+    def is_signaled(self) -> bool:
+        """True when every part is done, or has failed."""
+        return all(part.is_signaled() for part in self._parts)
+
+    def _sleep(self, timeout: float) -> bool:
+        end = time.monotonic() + timeout
+        return all(
+            part.is_signaled() or part._sleep(max(0.0, end - time.monotonic()))
+            for part in self._parts
+        )
+
+    def _answer(self) -> tuple[Mask | None, BaseException | None]:
+        errors = (part._answer()[1] for part in self._parts)
+        return None, next((error for error in errors if error is not None), None)
 
 
 def answer_of(answer: Mask | DmaFence | None, timeout: float) -> Mask | None:

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from devices.dma_fence import DmaFence
+from devices.dma_fence import DmaFence, DmaFenceArray
 from devices.driver import Driver
 from devices.engines import CopyEngines
 from devices.ops import DeviceOps
@@ -16,7 +16,7 @@ from mm.machine import Machine
 from mm.memparse import Size
 from mm.mmzone import PageStack
 from mm.typing import PAGE_SIZE, Indices, Payload, Pfns
-from mm.vectors import ascending
+from mm.vectors import ascending, rows
 
 ENGINE_PAGES: Final = 1 << 10  # of a copy that is worth an engine: handing 4 MiB over takes a tenth
 
@@ -78,12 +78,27 @@ class NumpyDevice(Driver):
         return self._copy("copy_peer", peer.memory, theirs, self.memory, pages)
 
     def _copy(self, op: str, dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> DmaFence | None:
-        """Rows *frm* of *src* to rows *to* of *dst*, by an engine where there are many."""
+        """Rows *frm* of *src* to rows *to* of *dst*, by an engine where there are many.
+
+        One core copies a run as fast as memory takes it, but not pages from here and there: those
+        the engines share.
+        """
         if to.size < ENGINE_PAGES or not self.engines:
             copy_highpages(dst, to, src, frm)
             return None
         what = f"{self.name}: {op} of {to.size} pages, PFN or page {frm[0]:#x} to {to[0]:#x},"
-        return self._engines.submit(partial(copy_highpages, dst, to, src, frm), what)
+        if isinstance(rows(to), slice) and isinstance(rows(frm), slice):
+            return self._engines.submit(partial(copy_highpages, dst, to, src, frm), what)
+        each = -(-to.size // self.engines)
+        return DmaFenceArray(
+            what,
+            [
+                self._engines.submit(
+                    partial(copy_highpages, dst, to[i : i + each], src, frm[i : i + each]), what
+                )
+                for i in range(0, to.size, each)
+            ],
+        )
 
     def clear(self, pages: Indices) -> None:
         """Zeros need no copy here."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from devices.dma_fence import DmaFence, answer_of
+from devices.dma_fence import DmaFence, DmaFenceArray, answer_of
 from devices.engines import CopyEngines
 from mm.errors import TimedOut
 from mm.locking import install_scheduler
@@ -63,6 +63,31 @@ class TestDmaFence:
                     fence.wait(0)
 
         assert [(None, None), (None, error)] == seen
+
+
+class TestDmaFenceArray:
+    def test_last_part(self):
+        """It signals when every part has, in whatever order."""
+        parts = [DmaFence("a part") for _ in range(3)]
+        whole, seen = DmaFenceArray("a copy", parts), []
+        for i in (2, 0, 1):
+            seen.append(whole.is_signaled())
+            threading.Timer(0.01 * i, parts[i].signal).start()
+
+        assert whole.wait(SOON) is None
+        assert ([False] * 3, True) == (seen, whole.is_signaled())
+
+    def test_error(self):
+        """What made any part fail is raised, when the others are done."""
+        parts = [DmaFence("a part") for _ in range(2)]
+        parts[0].run(lambda: 1 / 0)
+        whole = DmaFenceArray("a copy", parts)
+
+        with pytest.raises(TimedOut, match="a copy is not done"):
+            whole.wait(0.01)
+        parts[1].signal()
+        with pytest.raises(ZeroDivisionError):
+            whole.wait(0)
 
 
 class TestCopyEngines:
