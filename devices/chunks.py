@@ -13,7 +13,7 @@ import numpy as np
 from mm.errors import InvalidArgument
 from mm.memparse import Size, format_size, memparse
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices
-from mm.vectors import places
+from mm.vectors import places, rows
 
 MIN_CHUNK: Final = 64 << 10
 MAX_CHUNK: Final = 2 << 20
@@ -32,7 +32,7 @@ class Chunks:
 
     def take(self, pages: Indices) -> None:
         """*pages* (numbers within the device) come into use."""
-        counts = np.bincount(pages // self.size, minlength=self.used.size)
+        counts = self._counts(pages)
         fresh = places((counts > 0) & (self.used == 0))
         self.born[fresh] = np.arange(self.clock, self.clock + fresh.size)
         self.clock += fresh.size
@@ -40,7 +40,15 @@ class Chunks:
 
     def give(self, pages: Indices) -> None:
         """*pages* are free again."""
-        self.used -= np.bincount(pages // self.size, minlength=self.used.size)
+        self.used -= self._counts(pages)
+
+    def _counts(self, pages: Indices) -> Indices:
+        """How many of *pages* are in each chunk."""
+        which = rows(pages)
+        if isinstance(which, slice):
+            bounds = np.arange(self.used.size + 1) * self.size
+            return np.diff(bounds.clip(which.start, which.stop))
+        return np.bincount(pages // self.size, minlength=self.used.size)
 
     @property
     def free_pages(self) -> int:

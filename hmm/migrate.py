@@ -56,17 +56,12 @@ from mm.memcontrol import (
 )
 from mm.memory import anon_entries, pte_offset_alloc, replace_ptes_notify
 from mm.migrate import migrate_page
+from mm.migration_ptes import poison_migration_ptes, remove_migration_ptes
 from mm.mmu_notifier import MmuNotifyEvent, mmu_notifier_range
 from mm.page_cache import page_in_cache
 from mm.page_flags import PG_lru, PG_private, PG_swapcache, PG_uptodate
 from mm.pgtable import pte_none, pte_present, pte_special
-from mm.rmap import (
-    page_add_new_anon_rmap,
-    page_mapped,
-    poison_migration_ptes,
-    remove_migration_ptes,
-    try_to_unmap,
-)
+from mm.rmap import page_add_new_anon_rmap, page_mapped, try_to_unmap
 from mm.swap import (
     get_page,
     isolate_lru_page,
@@ -80,7 +75,7 @@ from mm.trace import TracePoint
 from mm.types import MemMap, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
 from mm.userfaultfd_k import userfaultfd_missing
-from mm.vectors import chosen, distinct, every, has, parted, places, rows, some
+from mm.vectors import chosen, distinct, every, has, parted, rows, some
 
 _CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
 
@@ -120,18 +115,18 @@ def _lock_late(migrate: MigrateVma) -> None:
 def _isolate(migrate: MigrateVma) -> None:
     """Take system pages off the LRU; one that somebody else has isolated stays."""
     mem = migrate.mem
-    system = places(~mem.is_zone_device_page(migrate.pfns))
-    if not system.size:
+    system = ~mem.is_zone_device_page(migrate.pfns)
+    pfns = chosen(migrate.pfns, system)
+    if not pfns.size:
         return
     lru_add_drain(mem)
-    pfns = migrate.pfns[system]
     if not every(has(mem.flags[rows(pfns)], PG_lru)):
         lru_add_drain_all(mem)
     isolated = isolate_lru_page(mem, pfns)
     put_page(mem, chosen(pfns, isolated))  # isolation has taken one of its own
     if not every(isolated):
-        busy = np.zeros(migrate.entries.size, dtype=np.bool_)
-        busy[system[~isolated]] = True
+        busy = system.copy()
+        busy[system] = ~isolated
         _restore(migrate, busy, Stayed.ISOLATED, isolated=False)
 
 

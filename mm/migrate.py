@@ -24,6 +24,7 @@ from mm.gfp import GFP_HIGHUSER_MOVABLE, Gfp
 from mm.highmem import copy_highpages
 from mm.locking import cond_resched, current, preempt
 from mm.memcontrol import mem_cgroup_migrate
+from mm.migration_ptes import remove_migration_ptes
 from mm.movable import (
     clear_page_isolated,
     move_movable_page,
@@ -45,7 +46,7 @@ from mm.page_flags import (
     PG_workingset,
     PG_writeback,
 )
-from mm.rmap import remove_migration_ptes, try_to_unmap
+from mm.rmap import try_to_unmap
 from mm.sched import current_task
 from mm.swap import get_page, isolate_lru_page, lru_add_drain, put_page, putback_lru_page
 from mm.swap_state import replace_in_swap_cache

@@ -14,8 +14,9 @@ from mm.highmem import copy_highpages
 from mm.locking import preempt
 from mm.memremap import FREE_REFCOUNT
 from mm.migrate import migrate_page
+from mm.migration_ptes import remove_migration_ptes
 from mm.page_alloc import alloc_pages_bulk
-from mm.rmap import page_mapped, remove_migration_ptes, try_to_unmap
+from mm.rmap import page_mapped, try_to_unmap
 from mm.sched import current_task
 from mm.swap import put_page, putback_lru_page
 from mm.types import MemMap

@@ -28,12 +28,8 @@ from mm.page_flags import PG_anon_exclusive, PG_dirty, PG_swapbacked, PG_swapcac
 from mm.page_vma_mapped import page_vma_mapped_walk
 from mm.pgtable import (
     _PAGE_ACCESSED,
-    _PAGE_DEVMAP,
     _PAGE_DIRTY,
     _PAGE_RW,
-    _PAGE_SOFT_DIRTY,
-    _PAGE_UFFD_WP,
-    mk_pte,
     pte_dirty,
     pte_present,
     pte_soft_dirty,
@@ -41,28 +37,23 @@ from mm.pgtable import (
     pte_write,
     pte_young,
 )
-from mm.swap import get_page, page_maybe_dma_pinned, put_page
+from mm.swap import page_maybe_dma_pinned, put_page
 from mm.swap_slots import swap_duplicate
 from mm.swapops import (
     SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
     SWP_UFFD_WP,
+    SWP_WATCHED,
     alike,
     is_write_device_private_entry,
-    is_write_migration_entry,
-    make_device_private_entry,
     make_hwpoison_entry,
     make_migration_entry,
     make_swap_entry,
-    pte_swp_exclusive,
-    pte_swp_soft_dirty,
-    pte_swp_uffd_wp,
 )
 from mm.types import (
     PAGE_MAPPING_ANON,
     VM_LOCKED,
     VM_SHARED,
-    VM_WRITE,
     MemMap,
     Vma,
     linear_page_index,
@@ -71,7 +62,7 @@ from mm.types import (
 )
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Mask, Pfns, Ptes, number, word
 from mm.unevictable import mlock_new_page, mlock_vma_page, munlock_vma_page
-from mm.vectors import add_at, chosen, distinct, every, has, places, rows, some, stretches
+from mm.vectors import add_at, chosen, distinct, every, has, places, rows, some, stretches, uniform
 
 _ONE: Final = np.array(1, dtype=np.int32)
 _ZERO: Final = np.array(0, dtype=np.int32)
@@ -80,7 +71,6 @@ _NOT_ACCESSED: Final = word(~_PAGE_ACCESSED)
 _NOT_EXCLUSIVE: Final = word(~PG_anon_exclusive)
 _CLEAN_READONLY: Final = word(~(_PAGE_DIRTY | _PAGE_RW))
 _SHIFT: Final = number(PAGE_SHIFT)
-_WATCHED: Final = word(SWP_SOFT_DIRTY | SWP_UFFD_WP)  # what an entry keeps for those who watch
 
 
 def page_move_anon_rmap(vma: Vma, pfns: Pfns) -> None:
@@ -271,15 +261,15 @@ def unmap_to_migration_entries(vma: Vma, ptes: Ptes, pfns: Pfns) -> Ptes:
         if vma.vm_mm.uffd_wp:
             watched |= pte_uffd_wp(asked) * SWP_UFFD_WP
     elif not some(present):
-        writable, watched = is_write_device_private_entry(asked), asked & _WATCHED
+        writable, watched = is_write_device_private_entry(asked), asked & SWP_WATCHED
     else:
         entries = np.empty_like(ptes)
         for kind in (present, ~present):
             entries[kind] = unmap_to_migration_entries(vma, ptes[kind], pfns[kind])
         return entries
-    exclusive = has(mem.flags[rows(pfns)], PG_anon_exclusive)
+    exclusive = has(uniform(mem.flags[rows(pfns)]), PG_anon_exclusive)
     page_remove_rmap(vma, pfns)
-    return make_migration_entry(pfns, writable) | watched | exclusive * SWP_EXCLUSIVE
+    return make_migration_entry(pfns, writable) | (watched | exclusive * SWP_EXCLUSIVE)
 
 
 def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
@@ -449,70 +439,6 @@ def page_mkclean(mem: MemMap, pfns: Pfns) -> Mask:
         if vma.vm_flags & VM_SHARED:
             _unmap_from(vma, pfns[which], addrs, clean)
     return cleaned
-
-
-def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
-    """Let every migration entry for old[i] become a mapping of new[i] (often the same page).
-
-    Both vectors are locked by the caller; new pages carry the mapping and index of the old. A page
-    is exclusive still where its entry says so: the process may have forked meanwhile.
-    Linux: remove_migration_ptes(), mm/migrate.c.
-    """
-    for vma, pages, addrs in rmap_walk(mem, new):
-        which = rows(pages)
-        with vma.vm_mm.page_table_lock:
-            at, waiting = page_vma_mapped_walk(vma, old[which], addrs, migration=True)
-            at, replaced = chosen(at, waiting), chosen(new[which], waiting)
-            if replaced.size:
-                get_page(mem, replaced)
-                here = rows(at)
-                entries = mem.tables.entries[here]
-                exclusive = pte_swp_exclusive(alike(entries))
-                if not every(exclusive):
-                    with mem.locks.atomic:
-                        mem.flags[chosen(replaced, ~exclusive)] &= _NOT_EXCLUSIVE
-                mem.tables.entries[here] = _mapping_entries(vma, entries, replaced)
-                if vma.vm_file is None:
-                    page_add_anon_rmap(vma, replaced)
-                else:
-                    page_dup_rmap(vma, replaced)
-
-
-def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
-    """What migration entries become now that *pfns* are in place. Linux: remove_migration_pte().
-
-    Unlike Linux v4.20, an entry of device memory stays soft-dirty (as in 5.9).
-    """
-    mem, waiting = vma.vm_mm.mem, alike(waiting)
-    writable = is_write_migration_entry(waiting)
-    if not vma.vm_flags & VM_WRITE:
-        writable = np.zeros_like(writable)
-
-    device = mem.is_zone_device_page(pfns)
-    if every(device) and every(mem.is_device_private_page(pfns)):
-        return make_device_private_entry(pfns, writable) | waiting & _WATCHED
-    entries = mk_pte(pfns, vma.vm_page_prot) & _NOT_ACCESSED
-    entries |= writable * _PAGE_RW | pte_swp_soft_dirty(waiting) * _PAGE_SOFT_DIRTY
-    if vma.vm_mm.uffd_wp:
-        entries |= (pte_swp_uffd_wp(waiting) & ~writable) * _PAGE_UFFD_WP
-    if some(device):
-        theirs = make_device_private_entry(pfns, writable) | waiting & _WATCHED
-        entries |= device * _PAGE_DEVMAP
-        entries = np.where(mem.is_device_private_page(pfns), theirs, entries)
-    return entries
-
-
-def poison_migration_ptes(mem: MemMap, pfns: Pfns) -> None:
-    """Let every migration entry for *pfns* answer with SIGBUS from now on: their bytes are lost.
-
-    Unlike Linux v4.20, which promises this for MIGRATE_PFN_ERROR and does nothing about it.
-    """
-    for vma, pages, addrs in rmap_walk(mem, pfns):
-        mm = vma.vm_mm
-        with mm.page_table_lock:
-            at, waiting = page_vma_mapped_walk(vma, pfns[pages], addrs, migration=True)
-            mem.tables.entries[at[waiting]] = make_hwpoison_entry(pfns[pages[waiting]])
-            add_mm_counter(vma, pfns[pages[waiting]], -1)
 
 
 def page_mapped(mem: MemMap, pfns: Pfns) -> Mask:

@@ -32,6 +32,7 @@ SWP_OFFSET_MASK: Final = word((1 << 50) - 1)
 SWP_SOFT_DIRTY: Final = word(1 << 1)
 SWP_UFFD_WP: Final = word(1 << 2)
 SWP_EXCLUSIVE: Final = word(1 << 7)
+SWP_WATCHED: Final = word(SWP_SOFT_DIRTY | SWP_UFFD_WP)  # what is kept for those who watch
 
 MAX_SWAPFILES_SHIFT: Final = 5
 MAX_SWAPFILES: Final = (1 << MAX_SWAPFILES_SHIFT) - 2 - 2 - 1 - 2 - 1
@@ -83,8 +84,13 @@ def swp_entry(kind: int, offsets: Pfns) -> Ptes:
 
     Linux: swp_entry() and swp_entry_to_pte(), include/linux/swapops.h.
     """
+    return _of_types(_first(kind), offsets)
+
+
+def _of_types(types: Ptes | Word, offsets: Pfns) -> Ptes:
+    """Entries with *offsets*, each of its own type or all of one, in place."""
     inverted = ~offsets.view(np.uint64) & SWP_OFFSET_MASK
-    return (inverted << SWP_OFFSET_SHIFT) | _first(kind)
+    return (inverted << SWP_OFFSET_SHIFT) | types
 
 
 def swp_type(ptes: Ptes) -> Ptes:
@@ -125,7 +131,7 @@ def make_migration_entry(pfns: Pfns, write: Mask) -> Ptes:
 
     Linux: make_migration_entry(), include/linux/swapops.h.
     """
-    return swp_entry(SWP_MIGRATION_READ, pfns) + write * _NEXT_TYPE
+    return _of_types(_first(SWP_MIGRATION_READ) + write * _NEXT_TYPE, pfns)
 
 
 def is_migration_entry(ptes: Ptes) -> Mask:
@@ -143,7 +149,7 @@ def make_device_private_entry(pfns: Pfns, write: Mask) -> Ptes:
 
     Linux: make_device_private_entry(), include/linux/swapops.h.
     """
-    return swp_entry(SWP_DEVICE_READ, pfns) - write * _NEXT_TYPE
+    return _of_types(_first(SWP_DEVICE_READ) - write * _NEXT_TYPE, pfns)
 
 
 def is_device_private_entry(ptes: Ptes) -> Mask:

@@ -74,6 +74,11 @@ def chosen(values: NDArray[T], mask: Mask) -> NDArray[T]:
     return values[mask] if mask.size == values.size else values[:0]
 
 
+def uniform(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The first of *words* where they are all the same, to be asked for all; otherwise *words*."""
+    return words[:1] if words.size > _LONG and every(words == words[0]) else words
+
+
 def parted(values: NDArray[np.int64], mask: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Those of *values* where *mask* is true, and the others."""
     if every(mask):

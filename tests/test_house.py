@@ -41,7 +41,7 @@ OURS = {
         "types": "payload_of",
         "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
-            "some every has places distinct unique ascending chosen parted rows add_at joined "
+            "some every has places distinct unique ascending chosen uniform parted rows add_at joined "
             "pieces nr_pieces stretches set_bits keep_bits integers"
         ),
     },
@@ -54,7 +54,7 @@ OURS = {
     "tracing as Python has it": {"trace": "names listen to_structlog"},
     "interleavings for tests": {"locking": "install_scheduler alone taking_turns"},
     "shared by the faults and migrate_vma_insert_page()": {"memory": "anon_entries"},
-    "what Linux v4.20 promises and does not do": {"rmap": "poison_migration_ptes"},
+    "what Linux v4.20 promises and does not do": {"migration_ptes": "poison_migration_ptes"},
 }
 
 

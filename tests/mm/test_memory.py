@@ -13,6 +13,7 @@ from mm.locking import preempt
 from mm.memory import anon_entries, handle_mm_fault
 from mm.memparse import memparse
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages
+from mm.migration_ptes import remove_migration_ptes
 from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_flags import PG_active, PG_anon_exclusive, PG_lru, PG_uptodate
 from mm.pgtable import (
@@ -28,7 +29,7 @@ from mm.pgtable import (
     pte_special,
     pte_write,
 )
-from mm.rmap import page_add_anon_rmap, page_remove_rmap, remove_migration_ptes, try_to_unmap
+from mm.rmap import page_add_anon_rmap, page_remove_rmap, try_to_unmap
 from mm.swap import get_page, lru_add_drain_all, put_page
 from mm.swapops import make_hwpoison_entry, swp_entry
 from mm.types import MemoryType, VmFault

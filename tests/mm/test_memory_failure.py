@@ -10,11 +10,11 @@ from mm.errors import Deadlock, HwPoison
 from mm.filemap import lock_page, unlock_page
 from mm.gfp import GFP_KERNEL
 from mm.memory_failure import memory_failure
+from mm.migration_ptes import remove_migration_ptes
 from mm.mmu_notifier import MmuNotifyEvent
 from mm.page_alloc import alloc_pages, alloc_pages_bulk, free_pages, is_free_buddy_page
 from mm.page_flags import PG_hwpoison, PG_lru, PG_mlocked, PG_swapcache
 from mm.pgtable import pte_none
-from mm.rmap import remove_migration_ptes
 from mm.swap import lru_add_drain_all, put_page
 from mm.swapops import is_hwpoison_entry, is_swap_entry
 from mm.typing import PAGE_SIZE

@@ -12,6 +12,7 @@ from mm.errors import KernelBug
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
 from mm.memremap import devm_memremap_pages, devm_memunmap_pages
+from mm.migration_ptes import poison_migration_ptes, remove_migration_ptes
 from mm.page_alloc import alloc_pages_bulk
 from mm.page_flags import PG_dirty, PG_swapbacked
 from mm.pgtable import (
@@ -30,8 +31,6 @@ from mm.rmap import (
     page_mapped,
     page_referenced,
     page_remove_rmap,
-    poison_migration_ptes,
-    remove_migration_ptes,
     rmap_walk,
     try_to_unmap,
 )

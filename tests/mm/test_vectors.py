@@ -25,6 +25,7 @@ from mm.vectors import (
     set_bits,
     some,
     stretches,
+    uniform,
     unique,
 )
 
@@ -141,6 +142,14 @@ class TestNumbers:
         assert [v for v, kept in zip(values, mask, strict=True) if kept] == those.tolist()
         assert [v for v, kept in zip(values, mask, strict=True) if not kept] == others.tolist()
         assert those.tolist() == chosen(pages(*values), np.array(mask, dtype=np.bool_)).tolist()
+
+    @given(value=st.integers(0, 2**64 - 1), other=st.integers(0, 2**64 - 1), at=st.integers(0, 99))
+    def test_uniform(self, value, other, at):
+        """One of many words speaks for all of them, where they are all the same."""
+        words = np.full(100, value, dtype=np.uint64)
+        words[at] = other
+
+        assert ([value] if value == other else words.tolist()) == uniform(words).tolist()
 
     @given(values=numbers, kept=st.booleans())
     def test_chosen_by_one(self, values, kept):

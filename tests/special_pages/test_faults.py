@@ -6,7 +6,7 @@ import pytest
 from devices import NumpyDevice
 from mm import BusError, Deadlock
 from mm.errors import KernelBug
-from mm.rmap import remove_migration_ptes
+from mm.migration_ptes import remove_migration_ptes
 from mm.swapops import make_hwpoison_entry, swp_entry
 from mm.typing import pages
 from tests.hmm.callbacks import look_on

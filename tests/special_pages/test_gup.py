@@ -2,7 +2,7 @@
 
 import pytest
 
-from mm.rmap import remove_migration_ptes
+from mm.migration_ptes import remove_migration_ptes
 from tests.mm.test_rmap import begin_migration, end_migration
 from tests.special_pages.scenes import away, frames, kinds, waiter
 from tests.world import mapped_range

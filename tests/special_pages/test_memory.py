@@ -3,8 +3,8 @@
 import pytest
 
 from mm import PAGE_SIZE
+from mm.migration_ptes import remove_migration_ptes
 from mm.pgtable import _PAGE_ACCESSED, _PAGE_DIRTY
-from mm.rmap import remove_migration_ptes
 from tests.mm.test_rmap import begin_migration, end_migration, migrating
 from tests.special_pages.scenes import PLACES, away, bits, frames, in_place, kinds
 from tests.world import mapped_range

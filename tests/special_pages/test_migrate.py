@@ -2,8 +2,8 @@
 
 import pytest
 
+from mm.migration_ptes import remove_migration_ptes
 from mm.pgtable import _PAGE_ACCESSED, _PAGE_DEVMAP, _PAGE_SOFT_DIRTY
-from mm.rmap import remove_migration_ptes
 from mm.swap import lru_add_drain_all
 from tests.mm.test_rmap import begin_migration, end_migration, migrating
 from tests.special_pages.scenes import (

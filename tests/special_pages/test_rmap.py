@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from mm.migration_ptes import remove_migration_ptes
 from mm.pgtable import _PAGE_DIRTY
-from mm.rmap import page_referenced, remove_migration_ptes
+from mm.rmap import page_referenced
 from tests.mm.test_rmap import migrating
 from tests.special_pages.scenes import DIRTY, away, bits, flagged, frames, in_place, kinds
 from tests.world import mapped_range
