@@ -40,7 +40,7 @@ SIZE: Final = 256 << 20
 RESIDENT: Final = 64 << 20
 ROUNDS: Final = 7
 
-Work: TypeAlias = Callable[[Process, int], object]  # on a range of SIZE bytes at an address
+Work: TypeAlias = Callable[[Process, int], object]  # on a range at an address
 
 
 @dataclass(frozen=True)
@@ -82,42 +82,43 @@ def _open_numpy(machine: Machine, memory: Size) -> Any:
 
 
 class _Bench:
-    """A machine and a device with room for SIZE, all their memory touched."""
+    """A machine and a device with room for *size* bytes, all their memory touched."""
 
-    def __init__(self, swap: Size = "0") -> None:
+    def __init__(self, swap: Size = "0", size: int = SIZE) -> None:
+        self.size = size
         self.machine = Machine(("1GiB",), swap)
         if self.machine.mem.swap.contents is not None:
             self.machine.mem.swap.contents[:] = 1
-        self.gpu = _open_numpy(self.machine, SIZE)
+        self.gpu = _open_numpy(self.machine, self.size)
         assert self.machine.mem.payload is not None
         self.machine.mem.payload[: self.machine.mem.max_pfn] = 1
         self.gpu.memory[:] = 1
 
     def against_copy(self, name: str, prepare: Work, work: Work) -> Figure:
-        """Time work(process, addr) on SIZE bytes after prepare(process, addr), and a copy."""
-        source, target = np.ones((2, SIZE), dtype=np.uint8)
+        """Time work(process, addr) on its bytes after prepare(process, addr), and a copy."""
+        source, target = np.ones((2, self.size), dtype=np.uint8)
         copy = spent = float("inf")
         for _ in range(ROUNDS):
             copy = min(copy, _seconds(lambda: np.copyto(target, source)))
             with self.machine.spawn("bench") as process:
-                addr = process.mmap(SIZE)
+                addr = process.mmap(self.size)
                 prepare(process, addr)
                 spent = min(spent, _seconds(partial(work, process, addr)))
-        against = f"np.copyto of {format_size(SIZE)}: {copy * 1e3:.1f} ms"
+        against = f"np.copyto of {format_size(self.size)}: {copy * 1e3:.1f} ms"
         return Figure(name, spent * 1e3, "ms", against, copy / spent)
 
     def touch(self, process: Process, addr: int) -> None:
         """Give every page of the range a frame, by a CPU store."""
-        process.touch(addr, SIZE)
+        process.touch(addr, self.size)
 
     def store(self, process: Process, addr: int) -> None:
         """Fill every page of the range."""
-        process.write(addr, np.ones(SIZE, dtype=np.uint8))
+        process.write(addr, np.ones(self.size, dtype=np.uint8))
 
     def touch_scattered(self, process: Process, addr: int) -> None:
         """The same, and then deal the frames out among the pages at random."""
         self.touch(process, addr)
-        mem, pages = self.machine.mem, np.arange(SIZE >> PAGE_SHIFT)
+        mem, pages = self.machine.mem, np.arange(self.size >> PAGE_SHIFT)
         at = pte_offset(mem.tables, process.mm.pgd, addr + pages * PAGE_SIZE)
         dealt = np.random.default_rng(1).permutation(pages)
         mem.index[pte_pfn(mem.tables.entries[at])[dealt]] = (addr >> PAGE_SHIFT) + pages
@@ -125,15 +126,15 @@ class _Bench:
 
     def to_device(self, process: Process, addr: int) -> None:
         """Migrate the range to the device."""
-        self.gpu.to_device(process, addr, SIZE)
+        self.gpu.to_device(process, addr, self.size)
 
     def to_system(self, process: Process, addr: int) -> None:
         """Migrate it back."""
-        self.gpu.to_system(process, addr, SIZE)
+        self.gpu.to_system(process, addr, self.size)
 
     def page_out(self, process: Process, addr: int) -> None:
         """Have the range reclaimed."""
-        mem, pages = self.machine.mem, np.arange(addr, addr + SIZE, PAGE_SIZE)
+        mem, pages = self.machine.mem, np.arange(addr, addr + self.size, PAGE_SIZE)
         at = pte_offset(mem.tables, process.mm.pgd, pages)
         reclaim_pages(mem, pte_pfn(mem.tables.entries[at]))
 
@@ -146,6 +147,12 @@ class _Bench:
 def migrate_to_device(name: str) -> Figure:
     """256 MiB of touched pages, contents and all, into device memory."""
     bench = _Bench()
+    return bench.against_copy(name, bench.touch, bench.to_device)
+
+
+def migrate_overlapped(name: str) -> Figure:
+    """512 MiB into device memory, in two pieces that its engines copy beside the bookkeeping."""
+    bench = _Bench(size=2 * SIZE)
     return bench.against_copy(name, bench.touch, bench.to_device)
 
 
@@ -391,6 +398,7 @@ FIGURES: Final[dict[str, Callable[[str], Figure]]] = {
     measure.__name__: measure
     for measure in (
         migrate_to_device,
+        migrate_overlapped,
         migrate_to_system,
         migrate_scattered,
         touch,
