@@ -33,7 +33,7 @@ from mm.typing import (
     pages,
     word,
 )
-from mm.vectors import every, has, pieces, places, rows, some
+from mm.vectors import every, has, joined, pieces, places, rows, some
 from mm.vmstat import VmStat
 
 PTRS_PER_PTE: Final = 512
@@ -292,35 +292,31 @@ def pte_offset(pool: TablePool, pgd: int, addrs: Addresses) -> Indices:
     numbers = addrs >> _ADDRESS_SHIFT
     if not addrs.size:
         return numbers
-    blocks = None
     if isinstance(rows(numbers), slice):
-        first, last = numbers.item(0) >> _BLOCK_SHIFT, numbers.item(-1) >> _BLOCK_SHIFT
-    else:
-        blocks = numbers >> _BLOCK_SHIFT
-        first, last = blocks.min().item(), blocks.max().item()
-        if last - first > _SPARSE * addrs.size:  # far apart: look at those that occur
-            blocks, which = np.unique(blocks, return_inverse=True)
-            tables = [_pte_table(pool, pgd, block) for block in blocks.tolist()]
-            return numbers + ((np.array(tables) - blocks) * PTRS_PER_PTE)[which]
+        ends = numbers.item(0) >> _BLOCK_SHIFT, numbers.item(-1) >> _BLOCK_SHIFT
+        moves = _moves(pool, pgd, *ends)
+        if every(moves == moves[0]):
+            return numbers + moves[0]
+    blocks = numbers >> _BLOCK_SHIFT
+    first, last = blocks.min().item(), blocks.max().item()
+    if last - first <= _SPARSE * addrs.size:
+        return numbers + _moves(pool, pgd, first, last)[blocks - first]
+    blocks, which = np.unique(blocks, return_inverse=True)
+    tables = np.array([_pte_table(pool, pgd, block) for block in blocks.tolist()])
+    return numbers + ((tables - blocks) * PTRS_PER_PTE)[which]
+
+
+def _moves(pool: TablePool, pgd: int, first: int, last: int) -> Indices:
+    """From a page's number to the place of its entry, for each 2 MiB block of *first* to *last*."""
     if first == last:
-        return numbers + (_pte_table(pool, pgd, first) - first) * PTRS_PER_PTE
-    moved = (_tables_of(pool, pgd, first, last + 1) - np.arange(first, last + 1)) * PTRS_PER_PTE
-    if every(moved == moved[0]):
-        return numbers + moved[0]
-    if blocks is None:
-        blocks = numbers >> _BLOCK_SHIFT
-    return numbers + moved[blocks - first]
-
-
-def _tables_of(pool: TablePool, pgd: int, first: int, end: int) -> Indices:
-    """Rows of the PTE tables for 2 MiB blocks *first* to *end*, one for each; 0 where none is."""
+        return pages((_pte_table(pool, pgd, first) - first) * PTRS_PER_PTE)
+    blocks = np.arange(first, last + 1)
+    bounds = blocks << PMD_SHIFT
     tables = []
-    while first < end:
-        stop = min(end, (first | (PTRS_PER_PTE - 1)) + 1)
-        pmd = pmd_offset(pool, pgd, first << PMD_SHIFT)
-        tables.append(pte_tables(pool, pmd, first << PMD_SHIFT, stop << PMD_SHIFT))
-        first = stop
-    return tables[0] if len(tables) == 1 else np.concatenate(tables)
+    for near in pieces(blocks[1:] & (PTRS_PER_PTE - 1) == 0, blocks.size):  # cut at each PMD table
+        start, end = bounds.item(near.start), bounds.item(near.stop - 1) + PMD_SIZE
+        tables.append(pte_tables(pool, pmd_offset(pool, pgd, start), start, end))
+    return (joined(tables) - blocks) * PTRS_PER_PTE
 
 
 def _pte_table(pool: TablePool, pgd: int, block: int) -> int:
