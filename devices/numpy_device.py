@@ -87,18 +87,14 @@ class NumpyDevice(Driver):
             copy_highpages(dst, to, src, frm)
             return None
         what = f"{self.name}: {op} of {to.size} pages, PFN or page {frm[0]:#x} to {to[0]:#x},"
-        if isinstance(rows(to), slice) and isinstance(rows(frm), slice):
-            return self._engines.submit(partial(copy_highpages, dst, to, src, frm), what)
-        each = -(-to.size // self.engines)
-        return DmaFenceArray(
-            what,
-            [
-                self._engines.submit(
-                    partial(copy_highpages, dst, to[i : i + each], src, frm[i : i + each]), what
-                )
-                for i in range(0, to.size, each)
-            ],
-        )
+        one_run = isinstance(rows(to), slice) and isinstance(rows(frm), slice)
+        each = to.size if one_run else -(-to.size // self.engines)
+        parts = [
+            partial(copy_highpages, dst, to[i : i + each], src, frm[i : i + each])
+            for i in range(0, to.size, each)
+        ]
+        fences = [self._engines.submit(part, what) for part in parts]
+        return fences[0] if len(fences) == 1 else DmaFenceArray(what, fences)
 
     def clear(self, pages: Indices) -> None:
         """Zeros need no copy here."""
