@@ -35,12 +35,13 @@ class DmaFence:
     def signal(self, lost: Mask | None = None, error: BaseException | None = None) -> None:
         """The copy is done, with the answer of a copy_out(); or *error* is why it is not.
 
-        Linux: dma_fence_signal(), dma_fence_set_error().
+        Only the first call says so. Linux: dma_fence_signal(), dma_fence_set_error().
         """
         with self._locks.atomic:
-            self._lost, self._error = lost, error
-            self._signaled = True
-            self._locks.wake_up()
+            if not self._signaled:
+                self._lost, self._error = lost, error
+                self._signaled = True
+                self._locks.wake_up()
 
     def run(self, copy: Callable[[], Mask | None]) -> None:
         """Copy, and signal whatever comes of it."""

@@ -39,12 +39,21 @@ class CopyEngines:
             return fence
         with self.locks.atomic:
             self._queue.append((copy, fence))
-            if self._idle >= len(self._queue) or self.threads == self.count:
+            if self._idle >= len(self._queue) or self.threads == self.count or not self._start():
                 self.locks.wake_up()
-            else:
-                self.threads += 1
-                kthread_run(self._work, f"{self.name}-engine")
+            if not self.threads:  # the host has no thread for us
+                self._queue.pop()
+                fence.run(copy)
         return fence
+
+    def _start(self) -> bool:
+        """Begin another thread; False where there can be none."""
+        try:
+            kthread_run(self._work, f"{self.name}-engine")
+        except RuntimeError:
+            return False
+        self.threads += 1
+        return True
 
     def _work(self) -> None:
         """An engine's life."""

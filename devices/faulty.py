@@ -18,12 +18,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from devices.dma_fence import DmaFence, answer_of
+from devices.dma_fence import DmaFence
 from devices.driver import Driver
 from devices.ops import DeviceError
 from devices.wrappers import Wrapper, pages_of
-from mm.errors import InvalidArgument
+from mm.errors import InvalidArgument, TimedOut
 from mm.locking import msleep
+from mm.typing import Mask
 
 HOW: Final = {  # how a function can fail; the first of each is what it does unless told otherwise
     "allocate": ("none", "half", "raise", "delay"),
@@ -33,21 +34,62 @@ HOW: Final = {  # how a function can fail; the first of each is what it does unl
 }
 
 
-class _Late(DmaFence):
-    """A copy that is done when somebody waits for it, and not before."""
+class _Around(DmaFence):
+    """A copy around one of the device's own, which may be under way for longer than this one.
 
-    def __init__(self, what: str, delay: float, work: Callable[[], Any], timeout: float) -> None:
+    inside: the fence of that, None until it begins. error: what comes of it in any case.
+    """
+
+    def __init__(self, what: str, inside: DmaFence | None, error: DeviceError | None) -> None:
         super().__init__(what)
-        self._delay = delay
-        self._work = work
-        self._timeout = timeout
+        self.inside = inside
+        self._error_then = error
+
+    def is_signaled(self) -> bool:
+        """Not before what is inside."""
+        return super().is_signaled() or (self.inside is not None and self.inside.is_signaled())
 
     def _sleep(self, timeout: float) -> bool:
+        inside = self.inside
+        assert inside is not None
+        try:
+            self.signal(inside.wait(timeout), self._error_then)
+        except BaseException as error:
+            if inside.is_signaled():
+                self.signal(error=error)
+            elif not isinstance(error, TimedOut):
+                raise
+        return super().is_signaled()
+
+    def _answer(self) -> tuple[Mask | None, BaseException | None]:
+        if not super().is_signaled():
+            self._sleep(0)
+        return super()._answer()
+
+
+class _Late(_Around):
+    """A copy that begins when somebody has waited for it for *delay* seconds, and not before."""
+
+    def __init__(self, what: str, delay: float, begin: Callable[[], Any]) -> None:
+        super().__init__(what, None, None)
+        self._delay = delay
+        self._begin = begin
+
+    def _sleep(self, timeout: float) -> bool:
+        if self.inside is not None:
+            return super()._sleep(timeout)
+        msleep(min(self._delay, timeout))
         if self._delay >= timeout:
-            msleep(timeout)
             return False
-        msleep(self._delay)
-        self.run(lambda: answer_of(self._work(), self._timeout))
+        try:
+            answer = self._begin()
+        except BaseException as error:  # noqa: BLE001 - wait() raises it
+            self.signal(error=error)
+            return True
+        if isinstance(answer, DmaFence):
+            self.inside = answer
+            return super()._sleep(timeout - self._delay)
+        self.signal(answer)
         return True
 
 
@@ -60,9 +102,9 @@ class Fault:
     """Which calls of a function fail, and how.
 
     fail_at: their numbers, counted from 1. share: of the others so many, drawn from the seed.
-    how: "raise" a DeviceError before anything is done; "torn": after half the pages; "none" or
-    "half" of the pages that allocate() was asked for; "lose" all contents that copy_out() was
-    asked for; "delay" by so many seconds, and then do it.
+    how: "raise" a DeviceError before anything is done; "torn": after half the pages (by a fence,
+    where those have one); "none" or "half" of the pages that allocate() was asked for; "lose" all
+    contents that copy_out() was asked for; "delay" by so many seconds, and then do it.
 
     Completions: "late": done `delay` seconds after somebody begins to wait, and not before; "fail":
     the copy has begun and ends with a DeviceError, half of it done; "hang": it never ends. What
@@ -125,10 +167,13 @@ class Faulty(Wrapper):
         self.let_go()
 
     def let_go(self) -> None:
-        """Let the copies that hang end after all, in failure: nothing was copied."""
+        """Let the copies that hang end after all, in failure: nothing was copied.
+
+        What is under way inside ends by itself.
+        """
         hung, self.hung = self.hung, []
         for fence in hung:
-            if not fence.is_signaled():
+            if not isinstance(fence, _Late) or fence.inside is None:
                 fence.signal(error=DeviceError(f"{fence.what}: reset"))
         self.device.stranded.reap()
 
@@ -182,23 +227,23 @@ class Faulty(Wrapper):
         if how == "delay":
             msleep(self.faults[self._kind(op)].delay)
             return work()
-        if how == "late":
-            late = _Late(said, self.faults[self._kind(op)].delay, work, self.device.timeout)
-            self.hung.append(late)
-            return late
         if how in ("torn", "fail") and half:
             first = getattr(self.inner, op)(*_first_half(op, half, args))
-            answer_of(first, self.device.timeout)
-        if how in ("fail", "hang"):
-            return self._end_badly(how, DmaFence(said))
+            if isinstance(first, DmaFence):
+                return _Around(said, first, DeviceError(said))
+        if how in ("late", "fail", "hang"):
+            return self._completion(op, how, work, said)
         raise DeviceError(said)
 
-    def _end_badly(self, how: str, fence: DmaFence) -> DmaFence:
-        """A completion that fails, or never comes."""
+    def _completion(self, op: str, how: str, work: Callable[[], Any], said: str) -> DmaFence:
+        """One that comes late, fails, or never comes."""
         if how == "fail":
-            fence.signal(error=DeviceError(fence.what))
-        else:
-            self.hung.append(fence)
+            fence = DmaFence(said)
+            fence.signal(error=DeviceError(said))
+            return fence
+        delay = self.faults[self._kind(op)].delay
+        fence = _Late(said, delay, work) if how == "late" else DmaFence(said)
+        self.hung.append(fence)
         return fence
 
     def _answer_of_a_lost_device(

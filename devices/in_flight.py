@@ -9,6 +9,7 @@ from typing import Protocol
 
 from devices.dma_fence import DmaFence
 from hmm.migrate_pfn import MigratePfns, migrate_pfn_to_pfn
+from mm.errors import Busy
 from mm.filemap import unlock_page
 from mm.gup import Pin
 from mm.types import MemMap
@@ -71,13 +72,23 @@ class Stranded:
         pin.pfns = migrate_pfn_to_pfn(dst[entries])  # with the reference that the migration had
         dst[entries] = 0
         unlock_page(self.mem, pin.pfns)
-        self._copies.append((fence, pin))
+        with self.mem.locks.atomic:
+            self._copies.append((fence, pin))
 
     def reap(self) -> None:
         """Let go of the pages of copies that have ended after all."""
-        copies, self._copies = self._copies, []
-        for fence, pin in copies:
-            if fence.is_signaled():
-                pin.release(dirty=False)
-            else:
-                self._copies.append((fence, pin))
+        with self.mem.locks.atomic:  # two threads that look at once let go of each once
+            copies, self._copies = self._copies, []
+            for fence, pin in copies:
+                if fence.is_signaled():
+                    pin.release(dirty=False)
+                else:
+                    self._copies.append((fence, pin))
+
+    def check_none(self, name: str) -> None:
+        """Raise Busy where a copy of the device *name* is under way still."""
+        if self._copies:
+            raise Busy(
+                f"{name}: {len(self)} copies are under way still, the first is "
+                f"{self._copies[0][0].what}; close it when they have ended"
+            )

@@ -143,6 +143,8 @@ class _Replay:
             try:
                 self._step(number, entry)
             except Exception as error:  # noqa: BLE001 - drivers may raise anything
+                for page in entry.pages:  # what is on them now, nobody knows
+                    self.holds.pop(page, None)
                 if not entry.error:
                     self._differs(number, entry, f"{type(error).__name__}: {error}")
             else:

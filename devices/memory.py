@@ -236,6 +236,8 @@ class DeviceMemory(ABC):
 
     def make_room(self, npages: int) -> None:
         """Evict the oldest chunks until *npages*, or all pages, are free or nothing moves."""
+        if self.stranded:
+            self.stranded.reap()
         wanted = min(npages, self.limit)
         for chunk in self.chunks.oldest_first().tolist():
             if self.free_pages >= wanted:
@@ -261,7 +263,8 @@ class DeviceMemory(ABC):
         """Evict everything and take the device away; a second call does nothing.
 
         What devices have for themselves of its memory, they give back first. Raises Busy, and the
-        device stays, where a page cannot leave, or is just coming.
+        device stays, where a page cannot leave, or is just coming, or a copy that hangs may write
+        to somebody's frames yet.
         """
         if self.closed:
             return
@@ -272,6 +275,7 @@ class DeviceMemory(ABC):
             if self.type is MemoryType.DEVICE_PUBLIC:
                 restore_exclusive_pages(self.mem, pages_in_use(self.mem, self.zone))
             self.evict(np.arange(self.npages))
+            self.stranded.check_none(self.name)
             devm_memunmap_pages(self.mem, self.zone)
         except BaseException:
             self.closed = False

@@ -45,7 +45,7 @@ from hmm.migration import (
     check_arguments,
 )
 from mm.anon_vma import anon_vma_prepare
-from mm.errors import OutOfMemory
+from mm.errors import DriverBug, OutOfMemory
 from mm.filemap import trylock_page, unlock_page
 from mm.gfp import GFP_KERNEL
 from mm.locking import preempt
@@ -450,11 +450,21 @@ def begin_migration(migrate: MigrateVma, ops: MigrateVmaOps, private: Any) -> Be
         contract = Contract(migrate.mem, src, dst, start, migrate.pgmap_owner) if debug else None
         copied = ops.alloc_and_copy(migrate.vma, src, dst, start, migrate.end, private)
         if contract:
-            contract.check_alloc_and_copy()
+            _check_contract(contract, copied)
     except BaseException:
         _abort(migrate)
         raise
     return Begun(migrate, ops, private, contract, copied)
+
+
+def _check_contract(contract: Contract, copied: Callable[[], None] | None) -> None:
+    """Let nothing be put back under copies of a driver that has broken its contract."""
+    try:
+        contract.check_alloc_and_copy()
+    except DriverBug:
+        if copied is not None:
+            copied()
+        raise
 
 
 def end_migration(begun: Begun) -> None:

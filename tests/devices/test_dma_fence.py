@@ -36,6 +36,16 @@ class TestDmaFence:
             with pytest.raises(ZeroDivisionError):
                 fence.wait(0)
 
+    def test_once(self):
+        """What it said first holds: an error is not forgotten."""
+        fence = DmaFence("a copy")
+        fence.signal(error=KeyError("x"))
+
+        fence.signal()
+
+        with pytest.raises(KeyError):
+            fence.wait(0)
+
     def test_never(self):
         """A copy that does not end is a timeout that names it."""
         with pytest.raises(TimedOut, match=r"gpu0: copy_in of 7 pages is not done after 0.01 s"):
@@ -131,6 +141,23 @@ class TestCopyEngines:
         assert 0 == engines.threads
 
         engines.submit(lambda: None, "a copy").wait(SOON)
+
+    @pytest.mark.parametrize("engines", [1, 2])
+    def test_no_thread(self, monkeypatch, engines):
+        """Where the host has no thread left, engines that run take the copy, or who asks."""
+        gpu, gate = CopyEngines("gpu0", 2), threading.Event()
+        busy = [gpu.submit(lambda: gate.wait(SOON) and None, "a copy") for _ in range(engines - 1)]
+
+        def refuse(function, name):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr("devices.engines.kthread_run", refuse)
+        fence = gpu.submit(lambda: None, "another")
+        assert (engines == 1) == fence.is_signaled()
+        gate.set()
+
+        for one in (fence, *busy):
+            assert one.wait(SOON) is None
 
     def test_in_turns(self):
         """Where threads take turns a copy is done before submit() returns."""
