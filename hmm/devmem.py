@@ -146,7 +146,7 @@ def hmm_devmem_remove(devmem: HmmDevmem) -> None:
     Waits for migrations under way. Raises Deadlock inside one, OutOfMemory where system memory
     has no room, and Busy where a page cannot leave; then the memory stays. Unlike Linux v4.20,
     which leaves that to the driver, and waits for it for ever.
-    Linux: hmm_devmem_remove(), include/linux/hmm.h.
+    Linux: hmm_devmem_remove(), mm/hmm.c.
     """
     if devmem.removed:
         return

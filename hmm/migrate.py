@@ -248,7 +248,7 @@ def migrate_vma_pages(migrate: MigrateVma) -> None:
 def migrate_device_pages(migrate: Migration) -> None:
     """Let the pages of dst take the place of those of src, wherever those are mapped.
 
-    Linux: migrate_device_pages(), v6.2.
+    Linux: migrate_device_pages(), v6.1.
     """
     mem = migrate.mem
     words = migrate.dst[rows(migrate.entries)]

@@ -6,7 +6,7 @@
     pages      migrate_device_pages, of hmm/migrate.py
     finalize   migrate_device_finalize
 
-Linux: mm/migrate_device.c, v6.2.
+Linux: mm/migrate_device.c, v6.1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def migrate_device_range(mem: MemMap, zone: Zone, pfns: Pfns) -> MigrateDevice:
 
     The driver fills dst of the result for entries with MIGRATE in src, then calls
     migrate_device_pages() and migrate_device_finalize(). A page that somebody has locked stays.
-    Linux: migrate_device_range(), mm/migrate_device.c, v6.2.
+    Linux: migrate_device_range(), mm/migrate_device.c, v6.1.
     """
     src, dst = np.zeros((2, pfns.size), dtype=np.uint64)
     migrate = MigrateDevice(mem, zone.pgmap.name, src, dst)
@@ -56,6 +56,6 @@ def migrate_device_range(mem: MemMap, zone: Zone, pfns: Pfns) -> MigrateDevice:
 def migrate_device_finalize(migrate: MigrateDevice) -> None:
     """Point the page tables at what moved, or back; unlock and release all.
 
-    Linux: migrate_device_finalize(), mm/migrate_device.c, v6.2.
+    Linux: migrate_device_finalize(), mm/migrate_device.c, v6.1.
     """
     migrate_vma_finalize(migrate)

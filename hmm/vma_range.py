@@ -93,7 +93,7 @@ class HmmVmaRange:
     def encode(self, words: HmmPfns, mem: MemMap) -> HmmPfns:
         """*words* of hmm/range.py as the device wants them.
 
-        Linux: hmm_pfn_from_pfn() and pte_to_hmm_pfn_flags(), mm/hmm.c.
+        Linux: hmm_pfn_from_pfn(), include/linux/hmm.h; pte_to_hmm_pfn_flags(), mm/hmm.c.
         """
         flags, values = self.flags, self.values
         nothing = np.where(has(words, HMM_PFN_ERROR), word(values.error), word(values.none))

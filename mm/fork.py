@@ -178,7 +178,7 @@ def _copy_ptes(dst: Vma, src: Vma, at: Indices, ptes: Ptes) -> tuple[Ptes, Indic
     with both page-table locks held. As the recorded kernel has it, a device-private entry loses its
     soft-dirty bit with the right to store. A child without the userfaultfd of *src* has none of its
     bits.
-    Linux: copy_present_pte() and copy_nonpresent_pte(), mm/memory.c.
+    Linux: copy_one_pte(), mm/memory.c; copy_present_pte(), copy_nonpresent_pte() since v5.9.
     """
     mem = dst.vm_mm.mem
     present, private = pte_present(ptes), is_device_private_entry(ptes)

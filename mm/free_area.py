@@ -147,7 +147,7 @@ def add_range(mem: MemMap, zone: Zone, start_pfn: int, end_pfn: int) -> None:
 def add_to_free_area(mem: MemMap, zone: Zone, heads: Pfns, order: int) -> None:
     """Put free blocks on the list of *order*; the last of *heads* comes off first.
 
-    A full stack is written anew without its stale items. Linux: add_to_free_area().
+    A full stack is written anew without its stale items. Linux: add_to_free_area(), v5.2.
     """
     area = zone.free_area[order]
     if area.size + heads.size > area.items.size:
@@ -164,7 +164,7 @@ def add_to_free_area(mem: MemMap, zone: Zone, heads: Pfns, order: int) -> None:
 def del_from_free_area(mem: MemMap, zone: Zone, order: int, count: int) -> Pfns:
     """Take the *count* blocks of *order* that were listed last; their heads, ascending.
 
-    Fewer where the list has no more. Linux: del_page_from_free_area().
+    Fewer where the list has no more. Linux: del_page_from_free_area(), v5.2.
     """
     area = zone.free_area[order]
     taken = pages()
@@ -185,7 +185,7 @@ def del_from_free_area(mem: MemMap, zone: Zone, order: int, count: int) -> Pfns:
 def take_page_off_buddy(mem: MemMap, zone: Zone, pfn: int) -> bool:
     """Take the one page *pfn* out of the free block that it lies in; False where it is in none.
 
-    What is left of the block goes back on the lists. Linux: take_page_off_buddy(), v5.11.
+    What is left of the block goes back on the lists. Linux: take_page_off_buddy(), v5.10.
     """
     for order in range(MAX_ORDER):
         head = pfn & -(1 << order)

@@ -8,7 +8,7 @@ There are two kinds. An ordinary reference (FOLL_GET) keeps a page from being fr
 for as long as it lasts, so that one which others map too, and the zero page where it lasts long
 (FOLL_LONGTERM), is replaced by a copy first, even for reading. Either keeps a page where it is.
 
-Unlike Linux v4.20, which knows ordinary references alone: pins are of v5.6, unsharing of v5.19.
+Unlike Linux v4.20, which knows ordinary references alone: pins are of v5.7, unsharing of v5.19.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Pin:
         return pfns if every(held) else pfns[held]
 
     def grab(self, where: Indices, pfns: Pfns) -> None:
-        """Hold *pfns*, the pages at places *where*; -1 is none. Linux: try_grab_page()."""
+        """Hold *pfns*, the pages at places *where*; -1 is none. Linux: try_grab_page(), v5.7."""
         self.pfns[where] = pfns
         held = self.counted(pfns)
         get_page(self.mem, held, refs=self.refs)
@@ -130,7 +130,7 @@ class Pin:
         """Let go of all pages; a second call does nothing.
 
         dirty: where they were held for writing they have changed, and reclaim may not take them
-        for clean. Linux: unpin_user_pages_dirty_lock(), mm/gup.c.
+        for clean. Linux: unpin_user_pages_dirty_lock(), mm/gup.c, v5.6.
         """
         if self in self.mem.pins:
             self.mem.pins.remove(self)
@@ -139,7 +139,7 @@ class Pin:
             self._put(self.pfns)
 
     def _put(self, pfns: Pfns) -> None:
-        """Linux: gup_put_folio(), mm/gup.c."""
+        """Linux: gup_put_folio(), mm/gup.c, v5.18."""
         held = self.counted(pfns)
         put_page(self.mem, held, refs=self.refs)
         if self.gup_flags & FOLL_PIN:
@@ -478,7 +478,7 @@ def faultin_page_range(mm: MmStruct, start: int, end: int, *, write: bool) -> No
 
     What comes before a place where that fails is faulted in. Raises NotMapped at a hole,
     InvalidArgument where the VMA forbids it, HwPoison, BusError, OutOfMemory.
-    Linux: faultin_page_range(), mm/gup.c, v6.10.
+    Linux: faultin_page_range(), mm/gup.c, v6.9.
     """
     flags, addr = FOLL_TOUCH | FOLL_HWPOISON | FOLL_UNLOCKABLE, start
     flags |= FOLL_WRITE if write else 0

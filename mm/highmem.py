@@ -69,7 +69,7 @@ def _breaks(rows: Pfns) -> Mask:
 def memcpy_from_pages(out: Payload, payload: Payload, pfns: Pfns, offset: int) -> None:
     """Fill *out* (uint8[n]) from the bytes of *pfns* in a row, from *offset* of the first on.
 
-    Linux: memcpy_from_page(), include/linux/highmem.h.
+    Linux: memcpy_from_page(), include/linux/highmem.h, v5.12.
     """
     flat = payload.reshape(-1)
     for here, there in _byte_runs(pfns, offset, out.size):
@@ -79,7 +79,7 @@ def memcpy_from_pages(out: Payload, payload: Payload, pfns: Pfns, offset: int) -
 def memcpy_to_pages(payload: Payload, pfns: Pfns, offset: int, data: Payload) -> None:
     """Store *data* (uint8[n]) into *pfns* in a row, from *offset* of the first on.
 
-    Linux: memcpy_to_page(), include/linux/highmem.h.
+    Linux: memcpy_to_page(), include/linux/highmem.h, v5.12.
     """
     flat = payload.reshape(-1)
     for here, there in _byte_runs(pfns, offset, data.size):

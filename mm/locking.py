@@ -92,7 +92,7 @@ def read_poll_timeout(ready: Callable[[], bool], timeout: float) -> bool:
     """Look at *ready*() again and again, for *timeout* seconds at most; what it says at last.
 
     For what wakes nobody up, as a device's completion may. Linux: read_poll_timeout(),
-    include/linux/iopoll.h.
+    include/linux/iopoll.h, v5.7.
     """
     if _scheduler is not None:
         _scheduler.wait(ready, "a completion")

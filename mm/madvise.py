@@ -164,7 +164,7 @@ def madvise_inject_error(mm: MmStruct, start: int, end: int, advice: str) -> Non
 
 
 def _walk_vmas(mm: MmStruct, start: int, end: int, visit: Visit) -> None:
-    """Call *visit* for the part of each VMA that is in the range. Linux: madvise_walk_vmas()."""
+    """Call *visit* for each VMA, with its part of the range. Linux: madvise_walk_vmas(), v5.17."""
     addr, hole = start, None
     while addr < end:
         vma = find_vma(mm, addr)
@@ -178,7 +178,7 @@ def _walk_vmas(mm: MmStruct, start: int, end: int, visit: Visit) -> None:
 
 
 def _madvise_flags(advice: str) -> Visit:
-    """Linux: madvise_vma_behavior() and madvise_update_vma(), mm/madvise.c."""
+    """Linux: madvise_behavior(), mm/madvise.c; madvise_update_vma(), v5.17."""
     flags = _FLAGS[advice]
 
     def visit(vma: Vma, start: int, end: int) -> Vma:
@@ -247,7 +247,7 @@ def _madvise_free_run(mm: MmStruct, run: Run) -> None:
 def _clean_pages(mem: MemMap, pfns: Pfns) -> Mask:
     """Make *pfns* clean, and free their slots; False for one that others map, hold or have locked.
 
-    Linux: folio_free_swap() and folio_clear_dirty() in madvise_free_pte_range(), mm/madvise.c.
+    Linux: the middle of madvise_free_pte_range(), mm/madvise.c.
     """
     clean = mem.mapcount[pfns] == 1
     clean[clean] = trylock_page(mem, pfns[clean])

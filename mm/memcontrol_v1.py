@@ -1,4 +1,4 @@
-"""A process joins another control group, and what it has comes along. Linux: mm/memcontrol-v1.c.
+"""A process joins another control group with what it has. Linux: mm/memcontrol-v1.c, v6.11.
 
     count      what its page tables hold that its old group pays for: pages and slots in swap
     precharge  charge the new group for as many; a process whose memory does not fit stays

@@ -442,7 +442,7 @@ def do_swap_page(vma: Vma, addrs: Addresses, at: Indices, ptes: Ptes, *, write: 
 def _handle_pte_marker(vma: Vma, addrs: Addresses, at: Indices, *, write: bool) -> Faults:
     """First touch of what userfaultfd protects; one that it has left is an ordinary first touch.
 
-    Linux: pte_marker_handle_uffd_wp(), mm/memory.c.
+    Linux: pte_marker_handle_uffd_wp(), mm/memory.c, v5.19.
     """
     if userfaultfd_wp(vma):
         return do_anonymous_page(vma, addrs, at, write=write, marked=True)

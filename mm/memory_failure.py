@@ -122,7 +122,7 @@ def page_handle_poison(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Take *pfns* (distinct), which nobody maps and no list holds, out of use.
 
     A reference of the caller's is theirs from now on.
-    Linux: page_handle_poison(), mm/memory-failure.c, v5.9.
+    Linux: page_handle_poison(), mm/memory-failure.c, v5.10.
     """
     with mem.locks.atomic:
         flags = mem.flags[pfns]

@@ -111,7 +111,7 @@ def mpol_rebind(
 
     The n-th of the old nodes becomes the n-th of the new ones, which begin anew where they are
     fewer. Unlike Linux v4.20, which takes the result for what it counts from the next time (5.2
-    does not). Linux: mpol_rebind_policy(), mm/mempolicy.c; nodes_remap(), lib/bitmap.c.
+    does not). Linux: mpol_rebind_policy(), mm/mempolicy.c; bitmap_remap(), lib/bitmap.c.
     """
     if policy is None or not policy.nodes:
         return policy

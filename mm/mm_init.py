@@ -1,6 +1,6 @@
 """Boot: memory is cut into nodes and zones, and every frame goes on the free lists.
 
-Linux: mm/page_alloc.c, free_area_init_nodes() and what it calls; since v5.x mm/mm_init.c.
+Linux: mm/page_alloc.c, free_area_init_nodes() and what it calls; since v6.4 mm/mm_init.c.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def can_change_pte_writable(vma: Vma, ptes: Ptes) -> Mask:
     That is so for a page that nobody shares, unless the store must be seen: for its soft-dirty bit,
     or by userfaultfd.
     Unlike Linux v4.20, which leaves it to a fault for each page (5.19 does not).
-    Linux: can_change_pte_writable(), mm/mprotect.c, v5.19.
+    Linux: can_change_pte_writable(), mm/mprotect.c, v6.0.
     """
     normal = has(ptes, _PAGE_PRESENT) & ~pte_special(ptes)
     flags = vma.vm_mm.mem.flags[np.where(normal, pte_pfn(ptes), 0)]

@@ -130,7 +130,7 @@ def _check_arguments(addr: int, old_len: int, new_len: int, flags: Mremap) -> No
 
 
 def _vma_lookup(mm: MmStruct, addr: int) -> Vma:
-    """Linux: vma_lookup(), include/linux/mm.h."""
+    """Linux: vma_lookup(), include/linux/mm.h, v5.14."""
     vma = find_vma(mm, addr)
     if vma is None or vma.vm_start > addr:
         raise SegmentationFault(addr, f"mremap: nothing is mapped at {addr:#x}")
@@ -308,7 +308,7 @@ def move_page_tables(vma: Vma, old_addr: int, new_vma: Vma, new_addr: int, lengt
 def _move_pte_tables(mm: MmStruct, start: int, end: int, offset: int) -> None:
     """Let whole PTE tables of [*start*, *end*) be those of the addresses *offset* away.
 
-    One whose place is taken stays. Linux: move_normal_pmd(), mm/mremap.c.
+    One whose place is taken stays. Linux: move_normal_pmd(), mm/mremap.c, v5.0.
     """
     pool, addr = mm.mem.tables, start
     while addr < end:

@@ -472,7 +472,7 @@ def show_free_areas(mem: MemMap) -> str:
 def check_zone(mem: MemMap, zone: Zone) -> list[str]:
     """What is wrong with the free pages of *zone*, a sentence each; empty if nothing is.
 
-    Linux: check_free_page() and bad_range(), for every page at once.
+    Linux: free_pages_check() and bad_range(), for every page at once.
     """
     heads, orders = free_blocks(mem, zone)
     loose = np.sort(np.concatenate([pages(), *(pcp.live() for pcp in zone.pcp)]))

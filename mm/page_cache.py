@@ -57,7 +57,7 @@ def by_mapping(mem: MemMap, pfns: Pfns) -> Iterator[tuple[AddressSpace, Pfns]]:
 def find_get_pages(mapping: AddressSpace, indexes: Indices) -> Pfns:
     """The page at each of *indexes*, with a reference; -1 where none is.
 
-    Linux: find_get_page(), mm/filemap.c.
+    Linux: find_get_page(), include/linux/pagemap.h.
     """
     with mapping.mem.locks.atomic:
         pfns = mapping.i_pages.load(indexes)
@@ -72,7 +72,7 @@ def find_get_pages(mapping: AddressSpace, indexes: Indices) -> Pfns:
 def find_lock_pages(mapping: AddressSpace, indexes: Indices) -> Pfns:
     """As find_get_pages(), with the page lock of each, for which it waits.
 
-    Raises Deadlock where this thread has one. Linux: find_lock_page(), mm/filemap.c.
+    Raises Deadlock where this thread has one. Linux: find_lock_page(), linux/pagemap.h.
     """
     mem = mapping.mem
     while True:
@@ -93,7 +93,7 @@ def find_lock_pages(mapping: AddressSpace, indexes: Indices) -> Pfns:
 def pages_at(mapping: AddressSpace, pfns: Pfns, indexes: Indices) -> Mask:
     """True where pfns[i], locked, is at indexes[i] of the cache still.
 
-    Linux: the checks of lock_page_maybe_drop_mmap()'s callers, mm/filemap.c.
+    Linux: the checks after lock_page_or_retry() in filemap_fault(), mm/filemap.c.
     """
     mem = mapping.mem
     return (mem.mapping[pfns] == mapping.number << 2) & (mem.index[pfns] == indexes)

@@ -115,12 +115,12 @@ def pte_soft_dirty(ptes: Ptes) -> Mask:
 
 
 def pte_uffd_wp(ptes: Ptes) -> Mask:
-    """True where userfaultfd wants to know of a store. Linux: pte_uffd_wp(), asm/pgtable.h."""
+    """True where userfaultfd wants to know of a store. Linux: pte_uffd_wp(), v5.7."""
     return has(ptes, _PAGE_UFFD_WP)
 
 
 def pte_mkuffd_wp(ptes: Ptes) -> Ptes:
-    """The same entries, read-only until userfaultfd agrees. Linux: pte_mkuffd_wp()."""
+    """The same entries, read-only until userfaultfd agrees. Linux: pte_mkuffd_wp(), v5.7."""
     return (ptes | _PAGE_UFFD_WP) & _NOT_WRITABLE
 
 
@@ -187,7 +187,7 @@ class TablePool:
         return taken
 
     def release(self, rows: Indices) -> None:
-        """Give *rows* back; they must be empty. Linux: pte_free(), arch/x86/mm/pgtable.c."""
+        """Give *rows* back; they must be empty. Linux: pte_free(), asm/pgalloc.h."""
         for row in rows.tolist():
             if some(self.row(row)):
                 raise KernelBug(f"page table {row:#x} is freed with entries in it")
@@ -226,7 +226,7 @@ def pmd_offset(pool: TablePool, pgd: int, addr: int) -> int:
 
 def pmd_alloc(pool: TablePool, pgd: int, addr: int) -> int:
     """As pmd_offset(), making the tables that are missing: all of them or, where OutOfMemory is
-    raised, none. Linux: pmd_alloc(), mm/memory.c."""
+    raised, none. Linux: pmd_alloc(), include/linux/mm.h."""
     row, missing = pgd, len(UPPER_SHIFTS)
     for shift in UPPER_SHIFTS:
         entry = pool.entries.item(row * PTRS_PER_PTE + _index(addr, shift))
@@ -271,7 +271,7 @@ def pte_alloc(pool: TablePool, pgd: int, start: int, end: int) -> None:
 def pte_alloc_each(pool: TablePool, pgd: int, addrs: Addresses) -> None:
     """Make the page tables that *addrs* (ascending, may be far apart) need and lack.
 
-    Raises OutOfMemory. Linux: pte_alloc_map(), mm/memory.c.
+    Raises OutOfMemory. Linux: pte_alloc_map(), include/linux/mm.h.
     """
     blocks = addrs >> PMD_SHIFT
     for near in pieces(blocks[1:] > blocks[:-1] + 1, blocks.size):  # cut at gaps of whole tables

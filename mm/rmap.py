@@ -291,7 +291,7 @@ def try_to_unmap(mem: MemMap, pfns: Pfns) -> None:
 def _rmap_walk_mapped(mem: MemMap, pfns: Pfns) -> Iterator[Mapping]:
     """As rmap_walk(), without the pages that the caller has unmapped from all VMAs by then.
 
-    Whoever listens to the others hears nothing. Linux: page_not_mapped() as rwc.done, mm/rmap.c.
+    Whoever listens to the others hears nothing. Linux: page_mapcount_is_zero(), mm/rmap.c.
     """
     for mapping in rmap_walk(mem, pfns):
         mapped = page_mapped(mem, pfns[mapping.pages])

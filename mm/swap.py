@@ -226,7 +226,7 @@ def _pagevec_lru_add(mem: MemMap, pfns: Pfns, cpu: int) -> None:
 
 
 def _unevictable_if_mlocked(flags: Ptes) -> Ptes:
-    """Which list a page goes to is decided when it gets there. Linux: lru_add(), mm/swap.c."""
+    """Which list a page goes to is decided when it gets there. Linux: __pagevec_lru_add_fn()."""
     unevictable = (flags | PG_unevictable) & _NOT_ACTIVE
     return np.where(has(flags, PG_mlocked), unevictable, flags & _EVICTABLE)
 
@@ -355,7 +355,7 @@ def deactivate_page(mem: MemMap, pfns: Pfns, cpu: int = 0) -> None:
     """Let those of *pfns* that are active go to the young end of the inactive list (MADV_COLD).
 
     Unlike Linux v4.20, which has no such advice (v5.4).
-    Linux: deactivate_page() and lru_deactivate_fn(), mm/swap.c.
+    Linux: deactivate_page() and lru_deactivate_fn(), mm/swap.c, v5.4.
     """
     lru_add_drain(mem, cpu)
     with mem.locks.atomic:

@@ -212,7 +212,7 @@ def pte_none_mostly(ptes: Ptes) -> Mask:
 
 
 def is_pfn_swap_entry(ptes: Ptes) -> Mask:
-    """True for entries that are not present and stand for a page. Linux: is_pfn_swap_entry()."""
+    """True for entries not present that stand for a page. Linux: is_pfn_swap_entry(), v5.14."""
     return ptes >= _first(SWP_DEVICE_EXCLUSIVE_WRITE)
 
 
@@ -220,7 +220,7 @@ def make_readable(ptes: Ptes) -> Ptes:
     """The same entries without the right to store, whatever they stand for.
 
     A migration entry keeps its soft-dirty bit; one for device memory loses it with the right, as
-    Linux has it. Linux: change_pte_range(), mm/mprotect.c; copy_nonpresent_pte(), mm/memory.c.
+    Linux has it. Linux: change_pte_range(), mm/mprotect.c; copy_one_pte(), mm/memory.c.
     """
     moving = is_write_migration_entry(ptes)
     device = is_write_device_private_entry(ptes)
@@ -240,5 +240,5 @@ def pte_swp_uffd_wp(ptes: Ptes) -> Mask:
 
 
 def pte_swp_exclusive(ptes: Ptes) -> Mask:
-    """True where no other process holds the slot. Linux: pte_swp_exclusive(), asm/pgtable.h."""
+    """True where no other process holds the slot. Linux: pte_swp_exclusive(), v5.19."""
     return has(ptes, SWP_EXCLUSIVE)

@@ -131,7 +131,7 @@ _MNEMONICS: Final = (
 def entry_pfns(ptes: Ptes) -> Pfns:
     """The page that each entry maps, or stands for while it is away, int64[n]; -1 for none.
 
-    Linux: vm_normal_page(), mm/memory.c; pfn_swap_entry_to_page(), include/linux/swapops.h.
+    Linux: vm_normal_page(), mm/memory.c; pfn_swap_entry_to_page(), linux/swapops.h, v5.14.
     """
     pfns = np.full(ptes.size, -1, dtype=np.int64)
     normal = pte_present(ptes) & ~pte_special(ptes)
@@ -322,7 +322,7 @@ def clear_refs(mm: MmStruct, what: int) -> None:
 def _clear_soft_dirty(vma: Vma) -> None:
     """Linux: clear_soft_dirty(), fs/proc/task_mmu.c.
 
-    Unlike Linux v4.20, a pinned page stays writable and soft-dirty (as in v5.12): whoever has it
+    Unlike Linux v4.20, a pinned page stays writable and soft-dirty (as in v5.11): whoever has it
     pinned stores to it without a fault.
     """
     mm = vma.vm_mm
@@ -336,7 +336,7 @@ def _clear_soft_dirty(vma: Vma) -> None:
 def _pte_is_pinned(vma: Vma, ptes: Ptes, present: Mask) -> Mask:
     """True where the page must not get a copy behind the back of who has it pinned.
 
-    Linux: pte_is_pinned(), fs/proc/task_mmu.c, v5.12.
+    Linux: pte_is_pinned(), fs/proc/task_mmu.c, v5.11.
     """
     pinned = present & pte_write(ptes)
     if not is_cow_mapping(vma):

@@ -45,7 +45,7 @@ def mlock_page(mem: MemMap, pfns: Pfns) -> None:
 def mlock_new_page(mem: MemMap, pfns: Pfns) -> None:
     """First mapping of fresh *pfns*, on no list yet, by a VM_LOCKED VMA.
 
-    Linux: mlock_new_folio(), mm/mlock.c, v5.18.
+    Linux: mlock_new_folio(), mm/mlock.c, v6.3.
     """
     with mem.locks.atomic:
         _set_mlocked(mem, pfns)
@@ -61,7 +61,7 @@ def _set_mlocked(mem: MemMap, pfns: Pfns) -> None:
 def munlock_page(mem: MemMap, pfns: Pfns) -> None:
     """One VM_LOCKED mapping less of each of *pfns* (distinct); evictable where it was the last.
 
-    Linux: munlock_folio(), mm/mlock.c, v5.18.
+    Linux: munlock_folio(), mm/mlock.c, v6.3.
     """
     with mem.locks.atomic:
         flags = mem.flags[pfns]
@@ -88,7 +88,7 @@ def mlock_vma_page(vma: Vma, pfns: Pfns) -> None:
 
 
 def munlock_vma_page(vma: Vma, pfns: Pfns) -> None:
-    """*vma* maps *pfns* no more. Linux: munlock_vma_folio(), mm/internal.h, v5.18."""
+    """*vma* maps *pfns* no more. Linux: munlock_vma_folio(), mm/internal.h, v6.3."""
     if vma.vm_flags & VM_LOCKED:
         munlock_page(vma.vm_mm.mem, _system_pages(vma, pfns))
 

@@ -43,7 +43,7 @@ from mm.typing import PAGE_SHIFT
 class VmaMerge:
     """A range as it is to be; what decides whether it continues a neighbour.
 
-    Linux: struct vma_merge_struct, mm/vma.h, v6.11.
+    Linux: struct vma_merge_struct, mm/vma.h, v6.12.
     """
 
     mm: MmStruct
@@ -58,7 +58,7 @@ class VmaMerge:
 
 
 def vmg_of(vma: Vma, start: int, end: int) -> VmaMerge:
-    """[*start*, *end*) as a part, or a continuation, of *vma*. Linux: VMG_VMA_STATE(), mm/vma.h."""
+    """[*start*, *end*) as a part, or a continuation, of *vma*. Linux: VMG_VMA_STATE(), v6.12."""
     pgoff = vma.vm_pgoff + ((start - vma.vm_start) >> PAGE_SHIFT)
     vmg = VmaMerge(vma.vm_mm, start, end, pgoff, vma.vm_flags, vma.vm_file, vma.vm_policy)
     vmg.anon_vma, vmg.uffd_ctx = vma.anon_vma, vma.vm_userfaultfd_ctx

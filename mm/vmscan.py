@@ -167,7 +167,7 @@ def reclaim_pages(mem: MemMap, pfns: Pfns) -> int:
     """Swap *pfns* out, whether or not they are used (MADV_PAGEOUT); how many frames that freed.
 
     What is on no LRU list stays, as does what cannot go. Unlike Linux v4.20, which has no such
-    advice (v5.4). Linux: reclaim_pages(), mm/vmscan.c.
+    advice. Linux: reclaim_pages(), mm/vmscan.c, v5.4.
     """
     lru_add_drain_all(mem)
     pfns = unique(pfns)

@@ -1,6 +1,7 @@
 """The house keeps itself: rules of style and structure that can be read from the source."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,13 @@ def imported(path):
     return found
 
 
+def where_is():
+    """The rows of the first table of docs/where-is.md."""
+    table = (ROOT / "docs" / "where-is.md").read_text().split("\n## ")[1]
+    rows = [line.strip("| ").split(" | ", 1) for line in table.splitlines() if line[:2] == "| "]
+    return rows[1:]
+
+
 class TestOriginals:
     @pytest.mark.parametrize("path", sources("mm"), ids=name_of)
     def test_every_public_function_names_its_original(self, path):
@@ -122,6 +130,18 @@ class TestDataModel:
 
         assert 1 == len(rows)
         assert column.dtype.__name__ in rows[0]
+
+
+class TestWhereIs:
+    @pytest.mark.parametrize(("linux", "here"), where_is())
+    def test_the_file_named_knows_the_function(self, linux, here):
+        """Who goes to the file that the first table names finds the function there."""
+        paths = [ROOT / path for path in re.findall(r"`([\w/]+(?:\.py|/))`", here)]
+        files = [path for at in paths for path in ([at] if at.is_file() else at.rglob("*.py"))]
+        words = set(re.findall(r"\w+", "".join(path.read_text() for path in files)))
+
+        assert paths
+        assert set() == set(re.findall(r"`(\w+)\(\)`", linux)) - words
 
 
 class TestFiles:
