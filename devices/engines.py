@@ -29,22 +29,30 @@ class CopyEngines:
         self.locks = Locks()  # of their own: nobody else is woken up when a copy ends
         self.threads = 0
         self._idle = 0
-        self._queue: deque[tuple[Callable[[], Mask | None], DmaFence]] = deque()
+        self._queue: deque[_Job] = deque()
 
     def submit(self, copy: Callable[[], Mask | None], what: str) -> DmaFence:
         """Have *copy* called by an engine; its fence."""
-        fence = DmaFence(what, self.locks)
+        job = _Job(self, copy, what)
         if taking_turns():
-            fence.run(copy)
-            return fence
+            job.do()
+            return job
         with self.locks.atomic:
-            self._queue.append((copy, fence))
+            self._queue.append(job)
             if self._idle >= len(self._queue) or self.threads == self.count or not self._start():
                 self.locks.wake_up()
             if not self.threads:  # the host has no thread for us
                 self._queue.pop()
-                fence.run(copy)
-        return fence
+                job.do()
+        return job
+
+    def take_back(self, job: _Job) -> bool:
+        """True where no engine has begun *job*, and now none will."""
+        with self.locks.atomic:
+            if job not in self._queue:
+                return False
+            self._queue.remove(job)
+            return True
 
     def _start(self) -> bool:
         """Begin another thread; False where there can be none."""
@@ -58,11 +66,10 @@ class CopyEngines:
     def _work(self) -> None:
         """An engine's life."""
         while (job := self._next()) is not None:
-            copy, fence = job
-            fence.run(copy)
-            del copy, fence, job  # they hold the memory of a machine
+            job.do()
+            del job  # it holds the memory of a machine
 
-    def _next(self) -> tuple[Callable[[], Mask | None], DmaFence] | None:
+    def _next(self) -> _Job | None:
         """The next copy; None after a while without one."""
         with self.locks.atomic:
             self._idle += 1
@@ -72,3 +79,27 @@ class CopyEngines:
                 return self._queue.popleft()
             self.threads -= 1
             return None
+
+
+class _Job(DmaFence):
+    """The fence of a copy that an engine does, or, if none has begun it, who waits for it.
+
+    So nobody sleeps for an engine to wake up, and the core of the one who waits copies too.
+    """
+
+    def __init__(self, engines: CopyEngines, copy: Callable[[], Mask | None], what: str) -> None:
+        super().__init__(what, engines.locks)
+        self._engines = engines
+        self._copy: Callable[[], Mask | None] | None = copy
+
+    def do(self) -> None:
+        """Copy, and signal."""
+        copy, self._copy = self._copy, None  # it holds the memory of a machine
+        assert copy is not None
+        self.run(copy)
+
+    def _sleep(self, timeout: float) -> bool:
+        if self._engines.take_back(self):
+            self.do()
+            return True
+        return super()._sleep(timeout)

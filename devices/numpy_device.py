@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from mm.typing import PAGE_SIZE, Indices, Payload, Pfns
 from mm.vectors import ascending, rows
 
 ENGINE_PAGES: Final = 1 << 10  # of a copy that is worth an engine: handing 4 MiB over takes a tenth
+STREAM_PAGES: Final = 3 << 14  # of a run that memcpy() stores past the caches: 192 MiB, or it is less
 
 
 class NumpyDevice(Driver):
@@ -78,25 +80,33 @@ class NumpyDevice(Driver):
         return self._copy("copy_peer", peer.memory, theirs, self.memory, pages)
 
     def _copy(self, op: str, dst: Payload, to: Pfns, src: Payload, frm: Pfns) -> DmaFence | None:
-        """Rows *frm* of *src* to rows *to* of *dst*, by an engine where there are many.
-
-        One core copies a run as fast as memory takes it, but not pages from here and there: those
-        the engines share.
-        """
+        """Rows *frm* of *src* to rows *to* of *dst*, by the engines where there are many."""
         if to.size < ENGINE_PAGES or not self.engines:
             copy_highpages(dst, to, src, frm)
             return None
         what = f"{self.name}: {op} of {to.size} pages, PFN or page {frm[0]:#x} to {to[0]:#x},"
         one_run = isinstance(rows(to), slice) and isinstance(rows(frm), slice)
-        each = to.size if one_run else -(-to.size // self.engines)
-        parts = [
-            partial(copy_highpages, dst, to[i : i + each], src, frm[i : i + each])
-            for i in range(0, to.size, each)
+        fences = [
+            self._engines.submit(partial(copy_highpages, dst, to[part], src, frm[part]), what)
+            for part in _shares(to.size, self.engines, one_run)
         ]
-        fences = [self._engines.submit(part, what) for part in parts]
         return fences[0] if len(fences) == 1 else DmaFenceArray(what, fences)
 
     def clear(self, pages: Indices) -> None:
         """Zeros need no copy here."""
         assert self.memory is not None
         self.memory[pages] = 0
+
+
+def _shares(npages: int, engines: int, one_run: bool) -> list[slice]:
+    """What of a copy of *npages* each of *engines* does.
+
+    Equal parts, but that the first of one run is long enough to be stored past the caches, which
+    equal parts might not be.
+    """
+    first = -(-npages // engines)
+    if one_run and first < STREAM_PAGES <= npages:
+        first = STREAM_PAGES
+    rest = -(-(npages - first) // max(1, engines - 1)) or 1
+    starts = [0, *range(first, npages, rest)]
+    return [slice(start, end) for start, end in pairwise([*starts, npages])]
