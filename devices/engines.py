@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from devices.dma_fence import DmaFence
@@ -18,6 +19,9 @@ IDLE_SECONDS: Final = 0.5  # after which an engine that nobody needs ends its th
 
 class CopyEngines:
     """Up to *count* threads, each with one copy under way; the others wait in order.
+
+    Who waits for a copy that no engine has begun does it: nobody sleeps for an engine to wake up,
+    and the core of the one who waits copies too.
 
     Where threads take turns (`mm.locking.taking_turns`) a copy is done at once, so that schedules
     can be repeated.
@@ -39,11 +43,10 @@ class CopyEngines:
             return job
         with self.locks.atomic:
             self._queue.append(job)
-            if self._idle >= len(self._queue) or self.threads == self.count or not self._start():
+            if self._idle < len(self._queue) and self.threads < self.count:
+                self._start()
+            else:
                 self.locks.wake_up()
-            if not self.threads:  # the host has no thread for us
-                self._queue.pop()
-                job.do()
         return job
 
     def take_back(self, job: _Job) -> bool:
@@ -54,14 +57,11 @@ class CopyEngines:
             self._queue.remove(job)
             return True
 
-    def _start(self) -> bool:
-        """Begin another thread; False where there can be none."""
-        try:
+    def _start(self) -> None:
+        """Begin another thread, if the host has one for us: if not, an engine or who waits copies."""
+        with suppress(RuntimeError):
             kthread_run(self._work, f"{self.name}-engine")
-        except RuntimeError:
-            return False
-        self.threads += 1
-        return True
+            self.threads += 1
 
     def _work(self) -> None:
         """An engine's life."""
@@ -82,10 +82,7 @@ class CopyEngines:
 
 
 class _Job(DmaFence):
-    """The fence of a copy that an engine does, or, if none has begun it, who waits for it.
-
-    So nobody sleeps for an engine to wake up, and the core of the one who waits copies too.
-    """
+    """The fence of a copy that an engine does, or who waits for it."""
 
     def __init__(self, engines: CopyEngines, copy: Callable[[], Mask | None], what: str) -> None:
         super().__init__(what, engines.locks)

@@ -67,7 +67,7 @@ from mm.typing import (
     number,
     word,
 )
-from mm.vectors import chosen, distinct, every, pieces, places, rows, some
+from mm.vectors import chosen, distinct, every, frozen, pieces, places, rows, some
 
 TRANSFER_PAGES: Final = 1 << 16  # of one migrate_vma() call: memcpy() is at its best on 256 MiB
 
@@ -389,7 +389,7 @@ class DeviceMemory(ABC):
             self._check_allocated(pages, entries.size)
             self.chunks.take(pages)
             entries = entries[: pages.size]
-            self._hand_over(dst, entries, self.zone.start_pfn + pages)
+            self._hand_over(dst, entries, frozen(self.zone.start_pfn + pages))
         return entries, pages
 
     def _clear(self, pages: Indices) -> DmaFence | None:

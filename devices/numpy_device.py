@@ -20,7 +20,7 @@ from mm.typing import PAGE_SIZE, Indices, Payload, Pfns
 from mm.vectors import ascending, rows
 
 ENGINE_PAGES: Final = 1 << 10  # of a copy that is worth an engine: handing 4 MiB over takes a tenth
-STREAM_PAGES: Final = 3 << 14  # of a run that memcpy() stores past the caches: 192 MiB, or it is less
+STREAM_PAGES: Final = 3 << 14  # of a run that memcpy() is sure to store past the caches: 192 MiB
 
 
 class NumpyDevice(Driver):

@@ -36,7 +36,7 @@ from mm.swap import get_page
 from mm.swapops import alike, is_device_private_entry, is_write_device_private_entry, swp_offset
 from mm.types import vma_is_anonymous
 from mm.typing import NO_PAGES, Indices, Mask, Pfns, Word, word
-from mm.vectors import distinct, every, joined, places, rows, some
+from mm.vectors import distinct, every, frozen, joined, places, rows, some
 
 _MAPPED: Final = word(MIGRATE_PFN_MIGRATE | MIGRATE_PFN_LOCKED)  # what is collected, by kind
 _DEVICE: Final = word(_MAPPED | MIGRATE_PFN_DEVICE)
@@ -57,8 +57,8 @@ def migrate_vma_collect(migrate: MigrateVma) -> None:
             preempt("migrate_vma_collect")
             with mm.page_table_lock:
                 found += _collect_run(migrate, run)
-    migrate.entries = joined([kind.entries for kind in found])
-    migrate.pfns = joined([kind.pfns for kind in found])
+    migrate.entries = frozen(joined([kind.entries for kind in found]))
+    migrate.pfns = frozen(joined([kind.pfns for kind in found]))
     migrate.late = joined([kind.late for kind in found])
 
 
@@ -82,7 +82,7 @@ def _collect_run(migrate: MigrateVma, run: Run) -> Iterator[_Collected]:
             zero &= bool(migrate.select & SELECT_SYSTEM)
             _collect_holes(migrate, run, pte_none(asked) | zero)
         mapped = _wanted(migrate, run, of_frames)
-        found = pte_pfn(ptes[rows(mapped)])
+        found = frozen(pte_pfn(ptes[rows(mapped)]))
         for at, pfns in _selected(migrate, mapped, found) if mapped.size else ():
             migrate.reachable = True
             yield _collect_pages(migrate, run, at, pfns, _MAPPED)

@@ -31,6 +31,7 @@ from mm.pgtable import (
     pte_write,
 )
 from mm.swapops import (
+    alike,
     is_device_private_entry,
     is_migration_entry,
     is_write_device_private_entry,
@@ -103,8 +104,9 @@ def migrated_entries(
     """
     pool = mm.mem.tables
     ptes = pool.entries[rows(pte_offset(pool, mm.pgd, addrs))]
-    there = is_migration_entry(ptes) & (swp_offset(ptes) == migrate_pfn_to_pfn(src))
-    writable, full = is_write_migration_entry(ptes), is_valid(src)
+    asked = alike(ptes)
+    there = is_migration_entry(asked) & (swp_offset(ptes) == migrate_pfn_to_pfn(src))
+    writable, full = there & is_write_migration_entry(asked), is_valid(src)
     if every(full):
         return there, writable
     private, present = is_device_private_entry(ptes), pte_present(ptes)

@@ -75,7 +75,7 @@ from mm.trace import TracePoint
 from mm.types import MemMap, Vma, page_anon
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Indices, Mask, Pfns, word
 from mm.userfaultfd_k import userfaultfd_missing
-from mm.vectors import chosen, distinct, every, has, parted, rows, some
+from mm.vectors import chosen, distinct, every, frozen, has, parted, rows, some
 
 _CHOSEN: Final = word(MIGRATE_PFN_VALID | MIGRATE_PFN_ERROR)
 
@@ -144,13 +144,14 @@ def migrate_vma_check_page(mem: MemMap, pfns: Pfns) -> Mask:
     passes with one reference too many, and is refused later (as in 6.0 and since).
     Linux: migrate_vma_check_page(), mm/migrate.c.
     """
-    besides, device = _references_besides(mem, pfns), mem.is_zone_device_page(pfns)
+    device = mem.is_zone_device_page(pfns)
+    besides = _references_besides(mem, pfns, device)
     if not some(device):
         return besides <= 0
     return (besides <= device) | mem.is_device_private_page(pfns)
 
 
-def _references_besides(mem: MemMap, pfns: Pfns) -> NDArray[np.int32]:
+def _references_besides(mem: MemMap, pfns: Pfns, device: Mask | bool) -> NDArray[np.int32]:
     """References to each page that are neither a mapping, nor ours, nor that of a free page."""
     which = rows(pfns)
     extra = mem.refcount[which] - mem.mapcount[which] - has(mem.flags[which], PG_swapcache)
@@ -158,7 +159,7 @@ def _references_besides(mem: MemMap, pfns: Pfns) -> NDArray[np.int32]:
         extra -= page_in_cache(mem, pfns)
         if mem.buffers.in_use:
             extra -= has(mem.flags[which], PG_private)
-    return extra - 1 - mem.is_zone_device_page(pfns)
+    return extra - 1 - device
 
 
 def _restore(migrate: Migration, bad: Mask, why: Stayed, *, isolated: bool = True) -> None:
@@ -177,7 +178,8 @@ def _restore(migrate: Migration, bad: Mask, why: Stayed, *, isolated: bool = Tru
 
 def _keep(migrate: Migration, good: Mask) -> None:
     """Go on with those of `entries` that are *good*."""
-    migrate.entries, migrate.pfns = migrate.entries[good], migrate.pfns[good]
+    migrate.entries = frozen(migrate.entries[good])
+    migrate.pfns = frozen(migrate.pfns[good])
 
 
 # unmap
@@ -199,7 +201,7 @@ def migrate_vma_unmap(migrate: Migration) -> None:
     if migrate.reachable:
         _restore_pinned(migrate)
         public = migrate.pfns[mem.is_device_public_page(migrate.pfns)]
-        migrate.held = public[_references_besides(mem, public) > 0]
+        migrate.held = public[_references_besides(mem, public, True) > 0]
 
 
 def migrate_vma_setup(migrate: MigrateVma) -> int:
@@ -270,7 +272,7 @@ def migrate_device_pages(migrate: Migration) -> None:
     pfns = migrate.pfns
     if not every(moved):
         words, pfns = words[moved], pfns[moved]
-    status = migrate_page(mem, migrate_pfn_to_pfn(words), pfns)
+    status = migrate_page(mem, frozen(migrate_pfn_to_pfn(words)), pfns)
     if some(status):
         migrate.drop(migrate.entries[moved][status != 0], Stayed.BUSY)
         moved[moved] = status == 0
@@ -352,7 +354,7 @@ def migrate_vma_finalize(migrate: Migration) -> None:
     if not every(moved):
         entries, left = entries[moved], old[moved]
         _finalize_unmoved(migrate)
-    landed = migrate_pfn_to_pfn(migrate.dst[rows(entries)])
+    landed = frozen(migrate_pfn_to_pfn(migrate.dst[rows(entries)]))
     remove_migration_ptes(mem, left, landed)
     # The references of the migration go before the locks: whoever waits for one of these pages
     # may migrate it next, and must find it with no references but its mappings.

@@ -49,17 +49,18 @@ def remove_migration_ptes(mem: MemMap, old: Pfns, new: Pfns) -> None:
     for vma, pages, addrs in rmap_walk(mem, new):
         which = rows(pages)
         with vma.vm_mm.page_table_lock:
-            at, waiting = page_vma_mapped_walk(vma, old[which], addrs, migration=True)
-            at, replaced = chosen(at, waiting), chosen(new[which], waiting)
+            at, found = page_vma_mapped_walk(vma, old[which], addrs, migration=True)
+            at, replaced = chosen(at, found), chosen(new[which], found)
             if replaced.size:
                 get_page(mem, replaced)
                 here = rows(at)
                 entries = mem.tables.entries[here]
-                exclusive = pte_swp_exclusive(alike(entries))
+                waiting = alike(entries)
+                exclusive = pte_swp_exclusive(waiting)
                 if not every(exclusive):
                     with mem.locks.atomic:
                         mem.flags[chosen(replaced, ~exclusive)] &= _NOT_EXCLUSIVE
-                mem.tables.entries[here] = _mapping_entries(vma, entries, replaced)
+                mem.tables.entries[here] = _mapping_entries(vma, waiting, replaced)
                 if vma.vm_file is None:
                     page_add_anon_rmap(vma, replaced)
                 else:
@@ -71,7 +72,7 @@ def _mapping_entries(vma: Vma, waiting: Ptes, pfns: Pfns) -> Ptes:
 
     Unlike Linux v4.20, an entry of device memory stays soft-dirty (as in 5.9).
     """
-    mem, waiting = vma.vm_mm.mem, alike(waiting)
+    mem = vma.vm_mm.mem
     writable = is_write_migration_entry(waiting)
     if not vma.vm_flags & VM_WRITE:
         writable = np.zeros_like(writable)

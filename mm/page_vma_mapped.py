@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mm.pgtable import pte_offset, pte_pfn, pte_present
-from mm.swapops import is_device_private_entry, is_migration_entry, swp_offset
+from mm.swapops import alike, is_device_private_entry, is_migration_entry, swp_offset
 from mm.types import Vma
 from mm.typing import Addresses, Indices, Mask, Pfns
 from mm.vectors import every, rows
@@ -23,7 +23,7 @@ def page_vma_mapped_walk(
     at = pte_offset(pool, vma.vm_mm.pgd, addrs)
     ptes = pool.entries[rows(at)]
     if migration:
-        return at, is_migration_entry(ptes) & (swp_offset(ptes) == pfns)
+        return at, is_migration_entry(alike(ptes)) & (swp_offset(ptes) == pfns)
     present = pte_present(ptes)
     if every(present):
         return at, pte_pfn(ptes) == pfns

@@ -126,12 +126,16 @@ def pte_mkuffd_wp(ptes: Ptes) -> Ptes:
 
 def pte_pfn(ptes: Ptes) -> Pfns:
     """The frame of each present entry, int64[n]. Linux: pte_pfn(), asm/pgtable.h."""
-    return ((ptes & PTE_PFN_MASK) >> _SHIFT).view(np.int64)
+    pfns = ptes & PTE_PFN_MASK
+    pfns >>= _SHIFT
+    return pfns.view(np.int64)
 
 
 def mk_pte(pfns: Pfns, prot: Word) -> Ptes:
     """Entries that map *pfns* with *prot*. Linux: mk_pte(), asm/pgtable.h."""
-    return (pfns.view(np.uint64) << _SHIFT) | prot
+    ptes = pfns.view(np.uint64) << _SHIFT
+    ptes |= prot
+    return ptes
 
 
 def pte_modify(ptes: Ptes, prot: Word) -> Ptes:

@@ -7,7 +7,8 @@ any(), all(), unique() and split() are many calls each.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
+from weakref import ref
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +19,10 @@ from mm.typing import Indices, Mask, Word
 T = TypeVar("T", bound=np.generic)
 Rows: TypeAlias = slice | Indices  # of a column, as rows() gives them
 
-_LONG = 64
+_LONG: Final = 64
+_WORTH_A_LOOK: Final = 1 << 12  # from so many words on, two looks cost less than a mask
+
+_runs: Final[dict[int, ref[Indices]]] = {}  # by id(): the frozen vectors that are a run
 
 
 def some(mask: NDArray[Any]) -> bool:
@@ -33,6 +37,12 @@ def every(mask: NDArray[Any]) -> bool:
 
 def has(words: NDArray[np.uint64], bits: Word) -> Mask:
     """True where a word has any of *bits*."""
+    if words.size >= _WORTH_A_LOOK:  # mostly all of them have, or none
+        wanted = int(bits)
+        if not int(np.bitwise_or.reduce(words)) & wanted:
+            return np.zeros(words.size, dtype=np.bool_)
+        if int(np.bitwise_and.reduce(words)) & wanted:
+            return np.ones(words.size, dtype=np.bool_)
     return (words & bits).astype(np.bool_)
 
 
@@ -57,11 +67,22 @@ def unique(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def ascending(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """*numbers* in order; as they are where they stand so, as they mostly do."""
-    falls = int(np.count_nonzero(numbers[1:] < numbers[:-1])) if numbers.size > 1 else 0
-    if not falls:
+    if numbers.size <= 1:
         return numbers
-    # Stretches that are in order are merged, which costs next to nothing if they are long.
-    return np.sort(numbers, kind="stable" if falls * _LONG < numbers.size else None)
+    falls = numbers[1:] < numbers[:-1]
+    count = int(np.count_nonzero(falls))
+    if not count:
+        return numbers
+    if count * _LONG < numbers.size:  # long stretches, which mostly need no more than their order
+        parts = sorted((numbers[piece] for piece in pieces(falls, numbers.size)), key=_first)
+        numbers = np.concatenate(parts)
+        if not some(numbers[1:] < numbers[:-1]):
+            return numbers
+    return np.sort(numbers)
+
+
+def _first(numbers: NDArray[np.int64]) -> int:
+    return numbers.item(0)
 
 
 def chosen(values: NDArray[T], mask: Mask) -> NDArray[T]:
@@ -94,8 +115,23 @@ def rows(numbers: Indices) -> Rows:
     """
     if numbers.size > 1:
         first, last = numbers.item(0), numbers.item(-1)
-        if last - first == numbers.size - 1 and every(numbers[1:] > numbers[:-1]):
+        if last - first == numbers.size - 1 and (
+            id(numbers) in _runs or every(numbers[1:] > numbers[:-1])
+        ):
             return slice(first, last + 1)
+    return numbers
+
+
+def frozen(numbers: Indices) -> Indices:
+    """*numbers*, which change no more: rows() looks at them once instead of at each call.
+
+    They own their elements, or nobody else has a name for the vector that does.
+    """
+    if numbers.size > _LONG and id(numbers) not in _runs:
+        numbers.flags.writeable = False
+        if isinstance(rows(numbers), slice):
+            key = id(numbers)
+            _runs[key] = ref(numbers, lambda _: _runs.pop(key, None))
     return numbers
 
 

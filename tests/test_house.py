@@ -42,8 +42,8 @@ OURS = {
         "types": "payload_of",
         "uaccess": "access_pages page_range gather_from_user scatter_to_user",
         "vectors": (
-            "some every has places distinct unique ascending chosen uniform parted rows add_at "
-            "joined pieces nr_pieces stretches set_bits keep_bits integers"
+            "some every has places distinct unique ascending chosen uniform parted rows frozen "
+            "add_at joined pieces nr_pieces stretches set_bits keep_bits integers"
         ),
     },
     "an error, where Linux would try for ever": {"uaccess": "served_in_vain"},

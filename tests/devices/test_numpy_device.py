@@ -1,10 +1,13 @@
 """The NumPy device's four hooks: which pages it gives, and what it copies."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from devices import NumpyDevice
+from devices.numpy_device import STREAM_PAGES, _shares
 from mm import PAGE_SIZE, Machine
 from tests.world import mapped_range
 
@@ -101,3 +104,18 @@ class TestCopy:
 
         assert bytes(world.nbytes) == world.process.read(fresh, world.nbytes)
         world.machine.verify()
+
+
+class TestShares:
+    @given(npages=st.integers(1, 1 << 17), engines=st.integers(1, 5), one_run=st.booleans())
+    def test_shares(self, npages, engines, one_run):
+        """They tile the copy, one for an engine; of a long run, one is stored past the caches."""
+        shares = _shares(npages, engines, one_run)
+
+        assert (0, npages) == (shares[0].start, shares[-1].stop)
+        assert all(a.stop == b.start for a, b in pairwise(shares))
+        sizes = [share.stop - share.start for share in shares]
+        assert len(sizes) <= engines
+        assert all(sizes)
+        assert max(sizes) >= STREAM_PAGES or not one_run or npages < STREAM_PAGES
+        assert max(sizes) <= max(-(-npages // engines), STREAM_PAGES * one_run)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mm import vectors
 from mm.typing import pages, word
 from mm.vectors import (
     add_at,
@@ -14,6 +15,7 @@ from mm.vectors import (
     chosen,
     distinct,
     every,
+    frozen,
     has,
     joined,
     keep_bits,
@@ -62,6 +64,14 @@ class TestMasks:
 
         assert [word & bits != 0 for word in words] == mask.tolist()
 
+    @given(most=st.integers(0, 15), one=st.integers(0, 15), bits=st.integers(0, 15))
+    def test_has_of_many(self, most, one, bits):
+        """A long vector whose words are mostly the same, as the flags of pages are."""
+        words = np.full(5000, most, dtype=np.uint64)
+        words[3] = one
+
+        assert np.array_equal(words & np.uint64(bits) != 0, has(words, word(bits)))
+
     @given(which=stretched, bits=st.integers(0, 2**64 - 1), filled=st.integers(0, 2**64 - 1))
     def test_set_and_keep_bits(self, which, bits, filled):
         """Of the words that are named, and of no others."""
@@ -101,6 +111,21 @@ class TestNumbers:
 
         assert [7 * value for value in values] == column[rows(pages(*values))].tolist()
 
+    @given(values=stretched, times=st.sampled_from([1, 100]))
+    def test_frozen(self, values, times):
+        """What is frozen selects as before, stays as it is, and is forgotten when it goes."""
+        numbers = pages(*(times * value + i for value in values for i in range(times)))
+        selected, known = rows(numbers), len(vectors._runs)
+
+        assert numbers is frozen(numbers)
+        assert isinstance(selected, slice) == isinstance(rows(numbers), slice)
+        assert np.array_equal(np.arange(10_000)[selected], np.arange(10_000)[rows(numbers)])
+        if len(vectors._runs) > known:
+            with pytest.raises(ValueError, match="read-only"):
+                numbers[0] = 7
+        del numbers, selected
+        assert known == len(vectors._runs)
+
     @pytest.mark.parametrize(
         ("values", "a_slice"),
         [
@@ -124,12 +149,12 @@ class TestNumbers:
 
         assert [amount * values.count(i) for i in range(40)] == column.tolist()
 
-    @given(vectors=st.lists(numbers, max_size=4))
-    def test_joined(self, vectors):
+    @given(parts=st.lists(numbers, max_size=4))
+    def test_joined(self, parts):
         """One after the other; of none, an empty vector of PFNs."""
-        whole = joined([pages(*vector) for vector in vectors])
+        whole = joined([pages(*part) for part in parts])
 
-        assert [value for vector in vectors for value in vector] == whole.tolist()
+        assert [value for part in parts for value in part] == whole.tolist()
         assert np.int64 == whole.dtype
 
     @given(values=numbers, data=st.data())
