@@ -58,7 +58,7 @@ class CopyEngines:
             return True
 
     def _start(self) -> None:
-        """Begin another thread, if the host has one for us: if not, an engine or who waits copies."""
+        """Begin another thread; where the host has none, who waits will copy."""
         with suppress(RuntimeError):
             kthread_run(self._work, f"{self.name}-engine")
             self.threads += 1

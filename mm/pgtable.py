@@ -126,16 +126,12 @@ def pte_mkuffd_wp(ptes: Ptes) -> Ptes:
 
 def pte_pfn(ptes: Ptes) -> Pfns:
     """The frame of each present entry, int64[n]. Linux: pte_pfn(), asm/pgtable.h."""
-    pfns = ptes & PTE_PFN_MASK
-    pfns >>= _SHIFT
-    return pfns.view(np.int64)
+    return ((ptes & PTE_PFN_MASK) >> _SHIFT).view(np.int64)
 
 
 def mk_pte(pfns: Pfns, prot: Word) -> Ptes:
     """Entries that map *pfns* with *prot*. Linux: mk_pte(), asm/pgtable.h."""
-    ptes = pfns.view(np.uint64) << _SHIFT
-    ptes |= prot
-    return ptes
+    return (pfns.view(np.uint64) << _SHIFT) | prot
 
 
 def pte_modify(ptes: Ptes, prot: Word) -> Ptes:

@@ -89,10 +89,8 @@ def swp_entry(kind: int, offsets: Pfns) -> Ptes:
 
 def _of_types(types: Ptes | Word, offsets: Pfns) -> Ptes:
     """Entries with *offsets*, each of its own type or all of one, in place."""
-    entries = ~offsets.view(np.uint64)
-    entries &= SWP_OFFSET_MASK
-    entries <<= SWP_OFFSET_SHIFT
-    return entries | types
+    inverted = ~offsets.view(np.uint64) & SWP_OFFSET_MASK
+    return (inverted << SWP_OFFSET_SHIFT) | types
 
 
 def swp_type(ptes: Ptes) -> Ptes:
@@ -102,10 +100,7 @@ def swp_type(ptes: Ptes) -> Ptes:
 
 def swp_offset(ptes: Ptes) -> Pfns:
     """The offset (slot or PFN) of each entry, int64[n]; only for entries that `is_swap_pte`."""
-    offsets = ~ptes
-    offsets >>= SWP_OFFSET_SHIFT
-    offsets &= SWP_OFFSET_MASK
-    return offsets.view(np.int64)
+    return ((~ptes >> SWP_OFFSET_SHIFT) & SWP_OFFSET_MASK).view(np.int64)
 
 
 def is_swap_pte(ptes: Ptes) -> Mask:
