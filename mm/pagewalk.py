@@ -2,8 +2,8 @@
 
 A run is a view of the table pool: writing it writes the page table. Tables that stand in
 consecutive rows come as one run, up to MAX_RUN entries, so that a caller's loop turns once per
-stretch and its arrays still fit a core's cache. Where no table is, the run is a read-only
-stretch of empty entries: a hole looks like a table full of nothing.
+stretch and nobody holds a lock or a vector for much longer than a migration does. Where no table
+is, the run is a read-only stretch of empty entries: a hole looks like a table full of nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mm.pgtable import (
 from mm.typing import PAGE_SHIFT, PAGE_SIZE, Addresses, Indices, Ptes
 from mm.vectors import pieces, places, some
 
-MAX_RUN: Final = 1 << 13  # entries: 64 KiB of table, 32 MiB of memory
+MAX_RUN: Final = 1 << 16  # entries: 512 KiB of table, 256 MiB of memory
 
 _HOLE: Final = np.zeros(MAX_RUN, dtype=np.uint64)
 _HOLE.flags.writeable = False

@@ -137,13 +137,13 @@ class TestWalkPageRange:
     def test_neighbouring_tables_are_one_run(self, mapped):
         """Tables in consecutive rows, and holes, are cut only every MAX_RUN entries."""
         pool, pgd = tables_with({})
-        end = 20 * PMD_SIZE
+        end = 132 * PMD_SIZE
         if mapped:
             pte_alloc(pool, pgd, 0, end)
 
         sizes = [run.ptes.size for run in walk_page_range(pool, pgd, PAGE_SIZE, end)]
 
-        assert [MAX_RUN, 20 * 512 - MAX_RUN - 1] == sizes
+        assert [MAX_RUN, 132 * 512 - MAX_RUN - 1] == sizes
 
     def test_tables_out_of_order_are_runs_of_their_own(self):
         """A run never reaches into a table that somebody else's pages use."""
