@@ -386,10 +386,11 @@ class DeviceMemory(ABC):
             self._check_open()
             self.table_of(mm)
             pages = self.ops.allocate(entries.size)
-            self._check_allocated(pages, entries.size)
+            pfns = frozen(self.zone.start_pfn + pages)
+            self._check_allocated(pages, pfns, entries.size)
             self.chunks.take(pages)
             entries = entries[: pages.size]
-            self._hand_over(dst, entries, frozen(self.zone.start_pfn + pages))
+            self._hand_over(dst, entries, pfns)
         return entries, pages
 
     def _clear(self, pages: Indices) -> DmaFence | None:
@@ -401,12 +402,12 @@ class DeviceMemory(ABC):
         zeros = np.full(pages.size, self.mem.zero_pfn)
         return self.ops.copy_in(pages, self.mem.payload, zeros)
 
-    def _check_allocated(self, pages: Indices, wanted: int) -> None:
-        """Raise DriverBug unless *pages* are free ones of this device, at most *wanted*."""
+    def _check_allocated(self, pages: Indices, pfns: Pfns, wanted: int) -> None:
+        """Raise DriverBug unless *pages*, which are *pfns*, are free ones of this device."""
         outside = (pages < 0) | (pages >= self.npages)
-        pfns = self.zone.start_pfn + chosen(pages, ~outside)
-        used = self.mem.refcount[rows(pfns)] != FREE_REFCOUNT
-        repeated = some(pages[1:] <= pages[:-1]) and np.unique(pages).size < pages.size
+        used = self.mem.refcount[rows(chosen(pfns, ~outside))] != FREE_REFCOUNT
+        unordered = not isinstance(rows(pfns), slice) and some(pages[1:] <= pages[:-1])
+        repeated = unordered and np.unique(pages).size < pages.size
         if pages.size > wanted or some(outside) or some(used) or repeated:
             raise DriverBug(
                 f"{self.name}: allocate({wanted}) returned {pages.size} pages, of which "
@@ -439,7 +440,7 @@ class DeviceMemory(ABC):
         if not referenced:
             get_page(self.mem, pfns)
         lock_new_page(self.mem, pfns)
-        dst[rows(entries)] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED
+        dst[rows(entries)] = migrate_pfn(pfns, MIGRATE_PFN_LOCKED)
 
     def give_up(self, dst: MigratePfns, entries: Indices) -> None:
         """The contents of *entries* are lost: say so, and free their destinations."""

@@ -153,7 +153,7 @@ def _collect_pages(
     locked = trylock_page(mem, pfns)
     entries = at + run.first
     span = rows(entries)
-    migrate.src[span] = migrate_pfn(pfns) | (kind | writable * MIGRATE_PFN_WRITE)
+    migrate.src[span] = migrate_pfn(pfns, kind | writable * MIGRATE_PFN_WRITE)
     migrate.stayed[span] = Stayed.NO
 
     # The reference that the mapping of a locked page held becomes the migration's.

@@ -39,10 +39,11 @@ from mm.swapops import (
     swp_offset,
 )
 from mm.types import MemMap, MmStruct
-from mm.typing import PAGE_SIZE, Addresses, Mask, Pfns, Ptes, pages
+from mm.typing import PAGE_SIZE, Addresses, Mask, Pfns, Ptes, pages, word
 from mm.vectors import every, places, rows
 
 ADDRESS_SPACE: Final = 1 << 57
+_PAGE_READ_WRITE: Final = word(_PAGE_PRESENT | _PAGE_RW)
 _MIGRATE: Final = MmuNotifyEvent.MIGRATE  # members of an Enum are slow to look up
 
 
@@ -150,7 +151,8 @@ class DevicePageTable(DeviceTable):
             return True
         if not self._settled(addrs.item(0), addrs.item(-1) + PAGE_SIZE):
             return False
-        self.store(addrs, mk_pte(pfns, _PAGE_PRESENT) | writable * _PAGE_RW)
+        rights = _PAGE_READ_WRITE if every(writable) else _PAGE_PRESENT | writable * _PAGE_RW
+        self.store(addrs, mk_pte(pfns, rights))
         return True
 
     def unmap(self, addrs: Addresses) -> None:

@@ -336,7 +336,7 @@ class Dmirror(MmuIntervalNotifier):
         writable = has(src[entries], MIGRATE_PFN_WRITE)
         if migrate.vma.vm_flags & VM_WRITE:
             writable |= ~full
-        dst[entries] = migrate_pfn(pfns) | MIGRATE_PFN_LOCKED | writable * MIGRATE_PFN_WRITE
+        dst[entries] = migrate_pfn(pfns, MIGRATE_PFN_LOCKED | writable * MIGRATE_PFN_WRITE)
 
     def _finalize_and_map(self, migrate: MigrateVma) -> None:
         """Unlike the recorded driver, map nothing that the process has given up meanwhile.

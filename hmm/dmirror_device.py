@@ -264,8 +264,8 @@ class DmirrorDevice:
         pfns = migrate_pfn_to_pfn(migrate.src[got])
         self._forget(pfns, addrs[: frames.size])
         self.copy(frames, pfns)
-        migrate.dst[got] = (
-            migrate_pfn(frames) | MIGRATE_PFN_LOCKED | (migrate.src[got] & MIGRATE_PFN_WRITE)
+        migrate.dst[got] = migrate_pfn(
+            frames, MIGRATE_PFN_LOCKED | (migrate.src[got] & MIGRATE_PFN_WRITE)
         )
         return frames.size == entries.size
 
@@ -290,7 +290,7 @@ class DmirrorDevice:
             frames = alloc_pages_bulk(self.mem, GFP_HIGHUSER_MOVABLE, nid, entries.size, task.cpu)
             lock_new_page(self.mem, frames)
             self.copy(frames, migrate.pfns[: frames.size])
-            migrate.dst[entries[: frames.size]] = migrate_pfn(frames) | MIGRATE_PFN_LOCKED
+            migrate.dst[entries[: frames.size]] = migrate_pfn(frames, MIGRATE_PFN_LOCKED)
             migrate_device_pages(migrate)
             migrate_device_finalize(migrate)
 

@@ -45,7 +45,7 @@ def migrate_device_range(mem: MemMap, zone: Zone, pfns: Pfns) -> MigrateDevice:
     migrate.entries = used[locked]
     migrate.pfns = pfns[migrate.entries]
     get_page(mem, migrate.pfns)
-    src[migrate.entries] = migrate_pfn(migrate.pfns) | _TO_MOVE
+    src[migrate.entries] = migrate_pfn(migrate.pfns, _TO_MOVE)
     migrate.stayed[migrate.entries] = Stayed.NO
     migrate.reachable = zone.pgmap.type is not MemoryType.DEVICE_PRIVATE
     migrate_vma_unmap(migrate)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.page_flags import BIT
-from mm.typing import Mask, Pfns, word
+from mm.typing import Mask, Pfns, Word, word
 from mm.vectors import has
 
 MigratePfns: TypeAlias = NDArray[np.uint64]
@@ -30,9 +30,9 @@ MIGRATE_PFN_ERROR: Final = BIT(5)  # dst: the contents are lost, the CPU gets SI
 MIGRATE_PFN_SHIFT: Final = word(6)
 
 
-def migrate_pfn(pfns: Pfns) -> MigratePfns:
-    """Words for *pfns* with VALID set. Linux: migrate_pfn()."""
-    return (pfns.view(np.uint64) << MIGRATE_PFN_SHIFT) | MIGRATE_PFN_VALID
+def migrate_pfn(pfns: Pfns, flags: MigratePfns | Word = MIGRATE_PFN_VALID) -> MigratePfns:
+    """Words for *pfns* with VALID and *flags* set. Linux: migrate_pfn()."""
+    return (pfns.view(np.uint64) << MIGRATE_PFN_SHIFT) | (flags | MIGRATE_PFN_VALID)
 
 
 def migrate_pfn_to_page(words: MigratePfns) -> Pfns:

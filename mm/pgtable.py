@@ -129,8 +129,8 @@ def pte_pfn(ptes: Ptes) -> Pfns:
     return ((ptes & PTE_PFN_MASK) >> _SHIFT).view(np.int64)
 
 
-def mk_pte(pfns: Pfns, prot: Word) -> Ptes:
-    """Entries that map *pfns* with *prot*. Linux: mk_pte(), asm/pgtable.h."""
+def mk_pte(pfns: Pfns, prot: Ptes | Word) -> Ptes:
+    """Entries that map *pfns* with *prot*, or each with its own. Linux: mk_pte(), asm/pgtable.h."""
     return (pfns.view(np.uint64) << _SHIFT) | prot
 
 
@@ -273,6 +273,12 @@ def pte_alloc_each(pool: TablePool, pgd: int, addrs: Addresses) -> None:
 
     Raises OutOfMemory. Linux: pte_alloc_map(), include/linux/mm.h.
     """
+    if not addrs.size:
+        return
+    start, end = addrs.item(0), addrs.item(-1) + PAGE_SIZE
+    if end - start == addrs.size << PAGE_SHIFT:  # no gap
+        pte_alloc(pool, pgd, start, end)
+        return
     blocks = addrs >> PMD_SHIFT
     for near in pieces(blocks[1:] > blocks[:-1] + 1, blocks.size):  # cut at gaps of whole tables
         first, last = blocks[near].item(0), blocks[near].item(-1)

@@ -52,6 +52,7 @@ _PRESENT: Final = (1 << 0) | (1 << 8)  # present, PROT_NONE
 _FRAMES: Final = int(PTE_PFN_MASK)
 _TYPES: Final = ((1 << MAX_SWAPFILES_SHIFT) - 1) << int(SWP_TYPE_SHIFT)
 _OFFSETS: Final = int(SWP_OFFSET_MASK) << int(SWP_OFFSET_SHIFT)
+_OFFSET_0: Final = word(_OFFSETS)
 _NEXT_TYPE: Final = word(1 << 59)
 _FIRST: Final = tuple(word(kind << 59) for kind in range(1 << MAX_SWAPFILES_SHIFT))
 
@@ -80,7 +81,7 @@ def alike(ptes: Ptes) -> Ptes:
 
 
 def swp_entry(kind: int, offsets: Pfns) -> Ptes:
-    """Entries of swap type *kind* (0-31) with *offsets* (int64[n]) in page-table form.
+    """Entries of swap type *kind* (0-31) with *offsets* (int64[n], of 50 bits) for a page table.
 
     Linux: swp_entry() and swp_entry_to_pte(), include/linux/swapops.h.
     """
@@ -88,9 +89,8 @@ def swp_entry(kind: int, offsets: Pfns) -> Ptes:
 
 
 def _of_types(types: Ptes | Word, offsets: Pfns) -> Ptes:
-    """Entries with *offsets*, each of its own type or all of one, in place."""
-    inverted = ~offsets.view(np.uint64) & SWP_OFFSET_MASK
-    return (inverted << SWP_OFFSET_SHIFT) | types
+    """Entries with *offsets*, inverted, each of its own type or all of one, in place."""
+    return (types + _OFFSET_0) - (offsets.view(np.uint64) << SWP_OFFSET_SHIFT)
 
 
 def swp_type(ptes: Ptes) -> Ptes:

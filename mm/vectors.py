@@ -67,7 +67,7 @@ def unique(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def ascending(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """*numbers* in order; as they are where they stand so, as they mostly do."""
-    if numbers.size <= 1:
+    if numbers.size <= 1 or id(numbers) in _runs:
         return numbers
     falls = numbers[1:] < numbers[:-1]
     count = int(np.count_nonzero(falls))
